@@ -1,0 +1,59 @@
+package state
+
+import "errors"
+
+// The documented outcomes. Every method of every backend returns them bare, so
+// that both == and errors.Is work. Anything else that a method returns names
+// the operation and the key and wraps its cause.
+var (
+	// ErrNotFound is returned for a key that does not exist: never written,
+	// deleted or expired.
+	ErrNotFound = errors.New("key not found")
+
+	// ErrClosed is returned by every method after Close.
+	ErrClosed = errors.New("store closed")
+
+	// ErrLockHeld is returned by Lock while somebody holds the lock, and by
+	// [WithLock] if somebody still held it when its context ended.
+	ErrLockHeld = errors.New("lock already held")
+
+	// ErrLockNotHeld is returned by Unlock, and by Refresh after Unlock, when
+	// there is nothing of this holder's to release: it was released before, or
+	// its lease has lapsed.
+	ErrLockNotHeld = errors.New("lock not held")
+
+	// ErrLockExpired is returned by Refresh once the lease has lapsed, whether
+	// or not somebody else holds the lock by now, and by [WithLock] if the
+	// lease was lost while its function ran.
+	ErrLockExpired = errors.New("lock expired")
+
+	// ErrInvalidKey is returned for a key, lock name or pattern that
+	// [ValidateKey] or the rules for patterns refuse.
+	ErrInvalidKey = errors.New("invalid key")
+
+	// ErrInvalidTTL is returned for a negative TTL, and by Lock for a zero one.
+	ErrInvalidTTL = errors.New("invalid TTL")
+
+	// ErrWatchClosed is returned by Watch when what would end a running watch
+	// has happened before this one began: the connection is closed for good, or
+	// the bucket is gone. A watch that is already running tells the same by
+	// closing its channel.
+	ErrWatchClosed = errors.New("watch closed")
+)
+
+// What the additions to the documented API return, bare as well.
+var (
+	// ErrConflict is returned by Update when the key's revision is no longer
+	// the given one. Nothing was written.
+	ErrConflict = errors.New("revision conflict")
+
+	// ErrValueTooLarge is returned for a value that is larger than the store's
+	// limit. Nothing was sent.
+	ErrValueTooLarge = errors.New("value too large")
+)
+
+// ErrOutcomeUnknown is wrapped by the error of a write whose answer was lost
+// and whose fate could not be learnt in time: it was applied, or it may still
+// be applied late, though never over a newer change. A write that failed with
+// any other error was not applied.
+var ErrOutcomeUnknown = errors.New("outcome unknown")

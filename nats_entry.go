@@ -1,0 +1,258 @@
+package state
+
+import (
+	"encoding/json"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// The headers that make a message of a KV bucket an entry. The data is the
+// value as it is, so that every other client reads it.
+const (
+	// The server's and the ones that all KV clients share.
+	headerTTL       = "Nats-TTL"
+	headerExpected  = "Nats-Expected-Last-Subject-Sequence"
+	headerRollup    = "Nats-Rollup"
+	headerOperation = "KV-Operation"
+	headerReason    = "Nats-Marker-Reason"
+
+	// headerExact is the TTL in nanoseconds, where Nats-TTL, which is only the
+	// server's broom, says something else.
+	headerExact = "State-TTL"
+	// headerCreated is when the key came into being, in nanoseconds since 1970
+	// by the store's clock. If the revision that was replaced had a deadline, it
+	// follows: had that passed when this one was written, the key is a new one.
+	headerCreated = "State-Created"
+	// headerOp identifies the write, so that its writer knows it again. Locks
+	// begin it with the owner of the lease.
+	headerOp = "State-Op"
+)
+
+const (
+	// markerLife is how long a deletion stays on the server: long enough for a
+	// watch that was cut off to come back to it.
+	markerLife = time.Hour
+
+	// coverLife is how long something must stay on the server that hides an
+	// older and longer-lived revision. A server that was killed rebuilds its
+	// index from what it finds on the disk, and finds again what was removed
+	// since it last wrote the index, which it does every two minutes.
+	coverLife = 10 * time.Minute
+
+	// maxBroom is the longest TTL that is left to the server. It takes one of
+	// 290 years for one that has passed.
+	maxBroom = 100 * 365 * 24 * time.Hour
+)
+
+// A record is the last message of a key. Its zero value is that of a key that
+// has none.
+type record struct {
+	entry
+	deadline moment // none for 0
+	deleted  bool   // it is a marker
+	expiry   bool   // and the server wrote it, in place of what expired
+	op       string
+}
+
+// exists reports whether the key exists at now.
+func (r *record) exists(now moment) bool {
+	return r.revision != 0 && !r.deleted && !r.deadline.passed(now)
+}
+
+// decode makes a record of a message that may be anybody's. Headers that make
+// no sense are taken for absent ones.
+func decode(hdr nats.Header, data []byte, seq uint64, written moment, maxAge time.Duration) record {
+	r := record{
+		entry: entry{value: data, revision: seq, created: written, modified: written},
+		op:    hdr.Get(headerOp),
+	}
+	if r.value == nil {
+		r.value = []byte{}
+	}
+	reason := hdr.Get(headerReason)
+	switch op := hdr.Get(headerOperation); {
+	case op == "DEL", op == "PURGE", reason != "":
+		r.deleted = true
+		r.expiry = reason == "MaxAge"
+		return r
+	}
+
+	ttl, never := decodeTTL(hdr.Get(headerTTL))
+	if exact, err := strconv.ParseInt(hdr.Get(headerExact), 10, 64); err == nil && exact > 0 {
+		ttl = time.Duration(exact)
+	}
+	r.deadline = written.deadline(ttl)
+	if end := written.deadline(maxAge); !never && r.deadline.outlives(end) {
+		r.deadline = end
+	}
+
+	since, before, _ := strings.Cut(hdr.Get(headerCreated), " ")
+	created, _ := strconv.ParseInt(since, 10, 64)
+	replaced, _ := strconv.ParseInt(before, 10, 64)
+	if created > 0 && moment(created) < written && !moment(replaced).passed(written) {
+		r.created = moment(created)
+	}
+	return r
+}
+
+// decodeTTL reads a Nats-TTL as the server does: whole seconds, or a duration
+// that is cut to whole seconds, or "never".
+func decodeTTL(s string) (ttl time.Duration, never bool) {
+	if s == "" || s == "never" {
+		return 0, s == "never"
+	}
+	if n, err := strconv.ParseInt(s, 10, 64); err == nil {
+		if n < 0 || n > int64(maxBroom/time.Second) {
+			n = 0
+		}
+		return time.Duration(n) * time.Second, false
+	}
+	if d, err := time.ParseDuration(s); err == nil {
+		return max(d.Truncate(time.Second), 0), false
+	}
+	return 0, false
+}
+
+// An entryWriter makes messages.
+type entryWriter struct {
+	subject string
+	op      string
+	history bool // older revisions must go, or they come back when this one does
+	rollup  bool // the bucket lets them go
+
+	doubtful bool // an earlier attempt may have been stored
+}
+
+// value returns the message that writes a value in place of last.
+func (w entryWriter) value(last *record, value []byte, ttl time.Duration, now moment) (*nats.Msg, record) {
+	next := record{entry: entry{created: now, modified: now}, op: w.op}
+	created := strconv.FormatInt(int64(now), 10)
+	if last.exists(now) {
+		next.created = last.created
+		created = strconv.FormatInt(int64(last.created), 10)
+		if last.deadline != 0 {
+			created += " " + strconv.FormatInt(int64(last.deadline), 10)
+		}
+	}
+	hdr := nats.Header{
+		headerOp:       {w.op},
+		headerExpected: {strconv.FormatUint(last.revision, 10)},
+		headerCreated:  {created},
+	}
+	if ttl > 0 {
+		next.deadline = now.deadline(ttl)
+		broom := ttl
+		if last.revision != 0 && !last.deleted && last.deadline.outlives(next.deadline) {
+			broom = max(broom, coverLife)
+		}
+		if broom <= maxBroom {
+			broom = (broom + time.Second - 1).Truncate(time.Second)
+			hdr[headerTTL] = []string{strconv.FormatInt(int64(broom/time.Second), 10)}
+		}
+		if broom != ttl {
+			hdr[headerExact] = []string{strconv.FormatInt(int64(ttl), 10)}
+		}
+		if w.history {
+			hdr[headerRollup] = []string{"sub"}
+		}
+	}
+	return &nats.Msg{Subject: w.subject, Header: hdr, Data: value}, next
+}
+
+// marker returns the message that deletes the key.
+func (w entryWriter) marker(last *record, life time.Duration, now moment) (*nats.Msg, record) {
+	hdr := nats.Header{
+		headerOp:        {w.op},
+		headerExpected:  {strconv.FormatUint(last.revision, 10)},
+		headerOperation: {"PURGE"},
+		headerTTL:       {strconv.FormatInt(int64(life/time.Second), 10)},
+	}
+	if w.rollup {
+		hdr[headerRollup] = []string{"sub"}
+	}
+	return &nats.Msg{Subject: w.subject, Header: hdr}, record{deleted: true, op: w.op, entry: entry{modified: now}}
+}
+
+// A storedMsg is a message as the stream's leader returns it.
+type storedMsg struct {
+	Subject string    `json:"subject"`
+	Seq     uint64    `json:"seq"`
+	Header  []byte    `json:"hdrs"`
+	Data    []byte    `json:"data"`
+	Time    time.Time `json:"time"`
+}
+
+func (m *storedMsg) record(maxAge time.Duration) (record, error) {
+	var hdr nats.Header
+	if len(m.Header) > 0 {
+		var err error
+		if hdr, err = nats.DecodeHeadersMsg(m.Header); err != nil {
+			return record{}, err
+		}
+	}
+	return decode(hdr, m.Data, m.Seq, moment(m.Time.UnixNano()), maxAge), nil
+}
+
+// directRecord reads the answer to a direct get.
+func directRecord(msg *nats.Msg, maxAge time.Duration) (record, error) {
+	seq, err := strconv.ParseUint(msg.Header.Get("Nats-Sequence"), 10, 64)
+	if err != nil {
+		return record{}, err
+	}
+	written, err := time.Parse(time.RFC3339Nano, msg.Header.Get("Nats-Time-Stamp"))
+	if err != nil {
+		return record{}, err
+	}
+	return decode(msg.Header, msg.Data, seq, moment(written.UnixNano()), maxAge), nil
+}
+
+// A delivery tells of a message that a consumer delivered what the message
+// itself does not.
+type delivery struct {
+	seq     uint64 // in the stream
+	count   uint64 // how many the consumer has delivered
+	written moment
+}
+
+// parseDelivery reads the reply subject of a delivered message, which is
+//
+//	$JS.ACK.<stream>.<consumer>.<tries>.<seq>.<count>.<time>.<pending>
+//
+// or, with a domain and an account hash before the stream, and maybe more
+// tokens at the end, the longer form.
+func parseDelivery(reply string) (d delivery, ok bool) {
+	tokens := strings.Split(reply, ".")
+	switch {
+	case len(tokens) < 9 || tokens[0] != "$JS" || tokens[1] != "ACK":
+		return d, false
+	case len(tokens) == 9:
+		tokens = tokens[5:]
+	case len(tokens) >= 11:
+		tokens = tokens[7:]
+	default:
+		return d, false
+	}
+	seq, err1 := strconv.ParseUint(tokens[0], 10, 64)
+	count, err2 := strconv.ParseUint(tokens[1], 10, 64)
+	written, err3 := strconv.ParseInt(tokens[2], 10, 64)
+	return delivery{seq, count, moment(written)}, err1 == nil && err2 == nil && err3 == nil
+}
+
+// A leaseValue is the value of a lock's record. It is for people to read; what
+// tells holders apart is the record's operation id.
+type leaseValue struct {
+	Owner string `json:"owner"`
+	Nonce string `json:"nonce"`
+	TTL   string `json:"ttl"`
+}
+
+func (v leaseValue) encode() []byte {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic(err) // three strings always can be
+	}
+	return b
+}

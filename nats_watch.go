@@ -1,0 +1,485 @@
+package state
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+const (
+	// watchBatch is how many messages a watch asks for at a time.
+	watchBatch = 512
+	// heartbeat is how often the server says that there is nothing to say. A
+	// watch that hears nothing for a little more than two of them looks for
+	// another server.
+	heartbeat   = time.Second
+	maxSilence  = 2*heartbeat + 200*time.Millisecond
+	pullExpires = 30 * time.Second
+	// goneFor is for how long a bucket must not be found to be taken for gone.
+	goneFor = time.Second
+)
+
+// watchers are a store's running watches, and the one goroutine that tells them
+// when the connection is back. It runs from the first watch on.
+type watchers struct {
+	mu      sync.Mutex // guards what follows
+	kicks   map[chan struct{}]struct{}
+	started bool
+}
+
+// add returns a channel of one slot that is filled when the connection is back.
+func (w *watchers) add(s *NATSStore) chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.started {
+		w.started = true
+		w.kicks = make(map[chan struct{}]struct{})
+		status := s.nc.StatusChanged(nats.CONNECTED, nats.CLOSED)
+		s.active.Go(func() {
+			defer s.nc.RemoveStatusListener(status)
+			for {
+				select {
+				case _, open := <-status:
+					w.kick()
+					if !open {
+						return
+					}
+				case <-s.life.Done():
+					return
+				}
+			}
+		})
+	}
+	kick := make(chan struct{}, 1)
+	w.kicks[kick] = struct{}{}
+	return kick
+}
+
+func (w *watchers) kick() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for kick := range w.kicks {
+		select {
+		case kick <- struct{}{}:
+		default:
+		}
+	}
+}
+
+func (w *watchers) remove(kick chan struct{}) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.kicks, kick)
+}
+
+func (w *watchers) len() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.kicks)
+}
+
+// A natsWatch is one watch. One goroutine, that of run, owns it: it reads what
+// the consumer delivers, keeps track of the keys that exist, and pushes events
+// to the outbox, whose goroutine hands them to the reader.
+type natsWatch struct {
+	s       *NATSStore
+	b       *bucket
+	pattern pattern
+	box     *outbox
+	kick    chan struct{}
+
+	source  *consumer // nil while it is cut off
+	asked   int       // messages that the server may still send
+	heard   time.Time // when something came last
+	heardAt moment    // the same by the server's clock, which no pause of ours stops
+	cursor  uint64    // the last sequence that was dealt with
+	created time.Time // the stream's, which tells it from another of its name
+
+	// alive are the matching keys that exist for all that was told, and when
+	// they end. What ends is on the agenda.
+	alive  map[string]*tracked
+	agenda agenda
+}
+
+// A tracked is a key that exists.
+type tracked struct {
+	timed
+	revision uint64
+}
+
+// WatchContext implements [ContextWatcher].
+func (s *NATSStore) WatchContext(ctx context.Context, pattern string) (<-chan *KeyValue, error) {
+	if err := s.begin(); err != nil {
+		return nil, err
+	}
+	p, err := parsePattern(pattern)
+	if err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	w := &natsWatch{
+		s: s, b: s.data, pattern: p, box: newOutbox(), heard: time.Now(),
+		alive: make(map[string]*tracked),
+	}
+	if err := w.attach(ctx); err != nil {
+		w.detach()
+		if apiCode(err) == codeNoStream || s.nc.IsClosed() {
+			return nil, ErrWatchClosed
+		}
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		return nil, opError("watch", pattern, err)
+	}
+	// The lock makes sure that Close waits for what is started here.
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		w.detach()
+		return nil, ErrClosed
+	}
+	w.kick = s.watchers.add(s)
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(s.life, cancel)
+	s.active.Go(func() {
+		defer stop()
+		defer cancel()
+		w.box.deliver(ctx.Done(), s.life.Done())
+	})
+	s.active.Go(func() {
+		defer s.watchers.remove(w.kick)
+		w.run(ctx)
+	})
+	return w.box.reader, nil
+}
+
+// Why a watch ends.
+var (
+	errBucketGone = errors.New("the bucket is gone")
+	errCutTooLong = errors.New("cut off for too long")
+)
+
+// attach connects the watch to the stream: the first time from now on, else
+// from where it was.
+func (w *natsWatch) attach(ctx context.Context) error {
+	info, err := w.b.info(newCall(ctx))
+	if err != nil {
+		return err
+	}
+	first, resumedAt := w.created.IsZero(), w.cursor
+	switch {
+	case first:
+		w.created, w.cursor = info.Created, info.State.LastSeq
+	case !w.created.Equal(info.Created) || info.State.LastSeq < w.cursor:
+		return errBucketGone
+	case moment(info.Now.UnixNano())-w.heardAt > moment(w.maxCut()):
+		return errCutTooLong
+	}
+	source, err := w.b.consume(newCall(ctx), w.b.filter(w.pattern), w.cursor+1, false, watchBatch)
+	if err != nil {
+		return err
+	}
+	w.source, w.asked = source, 0
+	if err := w.pull(); err != nil {
+		return err
+	}
+	// What exists, and until when, no event tells.
+	all, err := w.b.list(ctx, w.pattern)
+	if err != nil {
+		return err
+	}
+	w.hear()
+	if first {
+		for _, l := range all {
+			if !l.deleted && l.revision <= w.cursor {
+				w.track(l.key, l.revision, l.deadline)
+			}
+		}
+		return nil
+	}
+	w.missed(all, resumedAt)
+	return nil
+}
+
+// missed compares what exists with what existed when the watch was cut off. A
+// key that is not there any more, and left no message either, was removed by
+// the server or by hand.
+func (w *natsWatch) missed(all []listed, resumedAt uint64) {
+	there := make(map[string]bool, len(all))
+	for _, l := range all {
+		there[l.key] = true
+	}
+	now := w.b.clock.now()
+	for key, t := range w.alive {
+		switch {
+		case there[key] || t.revision > resumedAt:
+		case !t.deadline.passed(now):
+			w.gone(t, t.revision, now)
+		case t.index == 0: // expire took it for replaced
+			w.gone(t, t.revision, t.deadline)
+		}
+	}
+}
+
+// hear takes note that the watch is connected.
+func (w *natsWatch) hear() {
+	w.heard, w.heardAt = time.Now(), w.b.clock.now()
+}
+
+// maxCut is for how long the watch may be cut off: a deletion must still be
+// there when it comes back.
+func (w *natsWatch) maxCut() time.Duration {
+	if maxAge := w.b.setup.Load().MaxAge; maxAge > 0 {
+		return min(w.s.maxCut, maxAge)
+	}
+	return w.s.maxCut
+}
+
+func (w *natsWatch) detach() {
+	if w.source != nil {
+		w.source.stop()
+		w.source = nil
+	}
+}
+
+// pull keeps the server supplied with requests.
+func (w *natsWatch) pull() error {
+	if w.asked > watchBatch/2 {
+		return nil
+	}
+	batch := watchBatch - w.asked
+	w.asked += batch
+	return w.source.pull(pullRequest{Batch: batch, Expires: pullExpires, Heartbeat: heartbeat})
+}
+
+func (w *natsWatch) track(key string, revision uint64, deadline moment) {
+	t := w.alive[key]
+	if t == nil {
+		t = &tracked{timed: timed{key: key}}
+		w.alive[key] = t
+	}
+	t.revision = revision
+	w.agenda.set(&t.timed, deadline)
+}
+
+// gone tells that a key does not exist any more.
+func (w *natsWatch) gone(t *tracked, revision uint64, at moment) {
+	w.agenda.drop(&t.timed)
+	delete(w.alive, t.key)
+	w.box.push(deletion(t.key, revision, at))
+}
+
+// run is the watch's loop.
+func (w *natsWatch) run(ctx context.Context) {
+	defer w.box.end()
+	defer w.detach()
+	silence := time.NewTicker(heartbeat)
+	defer silence.Stop()
+	expiry := time.NewTimer(0)
+	defer expiry.Stop()
+	for {
+		var msgs chan *nats.Msg
+		if w.source != nil {
+			msgs = w.source.msgs
+		}
+		var err error
+		select {
+		case <-ctx.Done():
+			return
+		case msg := <-msgs:
+			err = w.take(msg)
+		case <-expiry.C:
+			err = w.expire(ctx)
+		case <-silence.C:
+			if w.s.nc.IsClosed() {
+				return
+			}
+			if time.Since(w.heard) > maxSilence {
+				err = errors.New("no heartbeat")
+			}
+		case <-w.kick:
+			err = nats.ErrDisconnected
+			if n := w.s.watchers.len(); n > 10 {
+				w.sleep(ctx, rand.N(time.Duration(n)*time.Millisecond))
+			}
+		}
+		if err != nil && !w.reattach(ctx) {
+			return
+		}
+		if next := w.agenda.next(); next != 0 {
+			expiry.Reset(max(time.Duration(next-w.b.clock.now()), 0))
+		} else {
+			expiry.Stop()
+		}
+	}
+}
+
+func (w *natsWatch) sleep(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
+// reattach connects the watch again after trouble. It reports whether the watch
+// goes on.
+func (w *natsWatch) reattach(ctx context.Context) bool {
+	var missing time.Time // since when the bucket is not found
+	for pause := 20 * time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
+		w.detach()
+		if ctx.Err() != nil || w.s.nc.IsClosed() {
+			return false
+		}
+		if w.s.nc.IsConnected() {
+			switch err := w.attach(ctx); {
+			case err == nil:
+				return true
+			case err == errBucketGone, err == errCutTooLong:
+				return false
+			case apiCode(err) != codeNoStream:
+				missing = time.Time{}
+			case missing.IsZero():
+				missing = time.Now() // servers that are coming up may not know it yet
+			case time.Since(missing) > goneFor:
+				return false
+			}
+		}
+		if time.Since(w.heard) > w.maxCut() {
+			return false
+		}
+		timer := time.NewTimer(pause/2 + rand.N(pause))
+		select {
+		case <-timer.C:
+		case <-w.kick:
+			pause = 20 * time.Millisecond
+		case <-ctx.Done():
+		}
+		timer.Stop()
+	}
+}
+
+// take deals with what the consumer sent.
+func (w *natsWatch) take(msg *nats.Msg) error {
+	d, status, err := w.source.accept(msg)
+	if err != nil {
+		return err
+	}
+	w.hear()
+	switch status {
+	case "":
+	case "100": // heartbeat
+		return nil
+	case "408": // the request's time is up
+		unsent, _ := strconv.Atoi(msg.Header.Get("Nats-Pending-Messages"))
+		w.asked -= unsent
+		return w.pull()
+	default:
+		return fmt.Errorf("status %s", status)
+	}
+	w.asked--
+	w.cursor = d.seq
+	if key, ok := w.b.key(w.pattern, msg.Subject); ok {
+		w.tell(key, decode(msg.Header, msg.Data, d.seq, d.written, w.b.setup.Load().MaxAge))
+	}
+	return w.pull()
+}
+
+// tell pushes the events that a record of a key amounts to, given what was told
+// before.
+func (w *natsWatch) tell(key string, r record) {
+	t := w.alive[key]
+	if t != nil && r.revision <= t.revision {
+		return
+	}
+	if t != nil && (t.deadline.passed(r.modified) || r.expiry) {
+		// It had expired before this was written.
+		at := t.deadline
+		if at == 0 {
+			at = r.modified
+		}
+		w.gone(t, t.revision, at)
+		t = nil
+	}
+	if !r.deleted {
+		w.track(key, r.revision, r.deadline)
+		w.box.push(r.event(key))
+	} else if t != nil {
+		w.gone(t, r.revision, r.modified)
+	}
+}
+
+// manyDue is how many expiries at once are not looked into one by one.
+const manyDue = 32
+
+// expire tells the expiries that are due, if the leader has nothing newer of
+// the key: a refresh may be on its way.
+func (w *natsWatch) expire(ctx context.Context) error {
+	if w.source == nil {
+		return nil
+	}
+	now := w.b.clock.now()
+	if _, _, stale := w.b.clock.read(w.s.nc); stale {
+		if _, err := w.b.info(newCall(ctx)); err != nil {
+			return err
+		}
+		now = w.b.clock.now()
+	}
+	var due []*tracked
+	for t := w.agenda.due(now); t != nil; t = w.agenda.due(now) {
+		due = append(due, w.alive[t.key])
+	}
+	if len(due) == 0 {
+		return nil
+	}
+	latest, err := w.latest(ctx, due)
+	for _, t := range due {
+		last, known := latest[t.key]
+		switch {
+		case !known:
+			w.agenda.set(&t.timed, t.deadline) // not learnt; ask again
+		case last.revision > t.revision && !t.deadline.passed(last.modified):
+			// It was replaced in time. What it was replaced by will come.
+		default:
+			w.gone(t, t.revision, t.deadline)
+		}
+	}
+	return err
+}
+
+// latest returns the last records of the keys, of those that it could learn.
+func (w *natsWatch) latest(ctx context.Context, due []*tracked) (map[string]record, error) {
+	latest := make(map[string]record, len(due))
+	if len(due) > manyDue {
+		all, err := w.b.list(ctx, w.pattern)
+		if err != nil {
+			return latest, err
+		}
+		for _, t := range due {
+			latest[t.key] = record{}
+		}
+		for _, l := range all {
+			if _, ok := latest[l.key]; ok {
+				latest[l.key] = record{entry: entry{revision: l.revision, modified: l.modified}}
+			}
+		}
+		return latest, nil
+	}
+	for _, t := range due {
+		r, err := w.b.leaderLast(newCall(ctx), t.key)
+		if err != nil {
+			return latest, err
+		}
+		latest[t.key] = r
+	}
+	return latest, nil
+}
