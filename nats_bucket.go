@@ -390,6 +390,17 @@ func (b *bucket) send(c *call, msg *nats.Msg) (seq uint64, o outcome, err error)
 // what the message will be, as far as that is known before.
 type decision func(last *record, w entryWriter) (*nats.Msg, record, error)
 
+// certain returns r, unless its deadline is only guessed, and that matters now.
+func (b *bucket) certain(r *record) *record {
+	if r == nil || !r.guessed || r.deadline == 0 {
+		return r
+	}
+	if now, slack, _ := b.clock.read(b.nc); r.deadline.passed(now + slack) {
+		return nil
+	}
+	return r
+}
+
 // A write is what commit is to do.
 type write struct {
 	key    string
@@ -413,7 +424,7 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 		rollup:  setup.rollup(),
 	}
 	var (
-		last    = do.last
+		last    = b.certain(do.last)
 		doubt   error  // why an attempt may have been stored, if one may
 		doubtOn uint64 // the revision that it was to be on top of
 		began   = time.Now()
@@ -455,11 +466,6 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 		seq, o, err := b.send(c, msg)
 		if o == stored {
 			next.revision = seq
-			if next.deadline != 0 {
-				// The server wrote it between then and now, at the latest.
-				now, slack, _ := b.clock.read(b.nc)
-				next.deadline += now + slack - next.modified
-			}
 			b.known.learn(do.key, next)
 			return next, nil
 		}

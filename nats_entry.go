@@ -55,6 +55,10 @@ type record struct {
 	deleted  bool   // it is a marker
 	expiry   bool   // and the server wrote it, in place of what expired
 	op       string
+
+	// guessed says that the record was not read but written, so that its times
+	// are estimates from below: its writer is not told the server's.
+	guessed bool
 }
 
 // exists reports whether the key exists at now.
@@ -128,7 +132,7 @@ type entryWriter struct {
 
 // value returns the message that writes a value in place of last.
 func (w entryWriter) value(last *record, value []byte, ttl time.Duration, now moment) (*nats.Msg, record) {
-	next := record{entry: entry{created: now, modified: now}, op: w.op}
+	next := record{entry: entry{created: now, modified: now}, op: w.op, guessed: true}
 	created := strconv.FormatInt(int64(now), 10)
 	if last.exists(now) {
 		next.created = last.created
