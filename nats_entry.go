@@ -133,19 +133,18 @@ type entryWriter struct {
 // value returns the message that writes a value in place of last.
 func (w entryWriter) value(last *record, value []byte, ttl time.Duration, now moment) (*nats.Msg, record) {
 	next := record{entry: entry{created: now, modified: now}, op: w.op, guessed: true}
-	created := strconv.FormatInt(int64(now), 10)
-	if last.exists(now) {
+	exists := last.exists(now)
+	if exists {
 		next.created = last.created
-		created = strconv.FormatInt(int64(last.created), 10)
-		if last.deadline != 0 {
-			created += " " + strconv.FormatInt(int64(last.deadline), 10)
-		}
 	}
-	hdr := nats.Header{
-		headerOp:       {w.op},
-		headerExpected: {strconv.FormatUint(last.revision, 10)},
-		headerCreated:  {created},
+	created := strconv.AppendInt(make([]byte, 0, 48), int64(next.created), 10)
+	if exists && last.deadline != 0 {
+		created = strconv.AppendInt(append(created, ' '), int64(last.deadline), 10)
 	}
+	hdr := newHeader()
+	hdr.set(headerOp, w.op)
+	hdr.set(headerExpected, strconv.FormatUint(last.revision, 10))
+	hdr.set(headerCreated, string(created))
 	if ttl > 0 {
 		next.deadline = now.deadline(ttl)
 		broom := ttl
@@ -154,16 +153,32 @@ func (w entryWriter) value(last *record, value []byte, ttl time.Duration, now mo
 		}
 		if broom <= maxBroom {
 			broom = (broom + time.Second - 1).Truncate(time.Second)
-			hdr[headerTTL] = []string{strconv.FormatInt(int64(broom/time.Second), 10)}
+			hdr.set(headerTTL, strconv.FormatInt(int64(broom/time.Second), 10))
 		}
 		if broom != ttl {
-			hdr[headerExact] = []string{strconv.FormatInt(int64(ttl), 10)}
+			hdr.set(headerExact, strconv.FormatInt(int64(ttl), 10))
 		}
 		if w.history {
-			hdr[headerRollup] = []string{"sub"}
+			hdr.set(headerRollup, "sub")
 		}
 	}
-	return &nats.Msg{Subject: w.subject, Header: hdr, Data: value}, next
+	return &nats.Msg{Subject: w.subject, Header: hdr.Header, Data: value}, next
+}
+
+// A header is one whose values share an array.
+type header struct {
+	nats.Header
+	values []string
+}
+
+func newHeader() header {
+	return header{make(nats.Header, 8), make([]string, 0, 6)}
+}
+
+func (h *header) set(name, value string) {
+	n := len(h.values)
+	h.values = append(h.values, value)
+	h.Header[name] = h.values[n : n+1 : n+1]
 }
 
 // marker returns the message that deletes the key.
