@@ -3,7 +3,6 @@ package state
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -415,15 +414,16 @@ var ttlCases = []conformanceCase{
 	{"ttl-replaced-and-cleared", "a Put replaces the TTL along with the value", func(t *testing.T, dial func() StateStore) {
 		s := dial()
 		events := mustWatch(t, s, "*")
-		require.NoError(t, s.Put("longer", nil, 100*time.Millisecond))
-		require.NoError(t, s.Put("cleared", nil, 100*time.Millisecond))
-		require.NoError(t, s.Put("shorter", nil, time.Hour))
-		require.NoError(t, s.Put("longer", nil, time.Hour))
-		require.NoError(t, s.Put("cleared", nil, 0))
-		require.NoError(t, s.Put("shorter", nil, 150*time.Millisecond))
-		for range 6 {
-			assert.Equal(t, OpPut, receive(t, events).Operation)
+		put := func(key string, ttl time.Duration) {
+			require.NoError(t, s.Put(key, nil, ttl))
+			assert.Equal(t, "put "+key, brief(receive(t, events)))
 		}
+		put("longer", 300*time.Millisecond)
+		put("cleared", 300*time.Millisecond)
+		put("shorter", time.Hour)
+		put("longer", time.Hour)
+		put("cleared", 0)
+		put("shorter", 350*time.Millisecond)
 		assert.Equal(t, "delete shorter", brief(receive(t, events)))
 		keys, err := s.Keys("*")
 		require.NoError(t, err)
@@ -559,10 +559,3 @@ var keysCases = []conformanceCase{
 		wg.Wait()
 	}},
 }
-
-// cancelled is for errors of contexts, which are wrapped or not.
-func cancelled(err error) bool {
-	return errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
-}
-
-var watchCases, lockCases, updateCases, withLockCases, closeCases []conformanceCase

@@ -76,9 +76,12 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // connection is closed for good, when the bucket is gone or was made anew, and
 // when the watch was cut off for longer than a deletion stays on the server, an
 // hour. It outlives anything shorter, and then tells what it missed: the last
-// state of every key that changed. What it cannot tell in between is a key that
-// came and went, or changed more than once, while it was cut off. It keeps the
-// names and revisions of the matching keys in memory.
+// state of every key that changed. What it cannot tell is what the server does
+// not have any more when it comes to it: of a key that changed several times
+// while the watch was cut off, or faster than the server delivered, as many
+// revisions as the bucket's History are told, and a key that came and went in
+// between may not be told at all. It keeps the names and revisions of the
+// matching keys in memory.
 //
 // Right after a server was killed, not stopped, a bucket of one replica may
 // have lost the deletions that other clients made with short-lived markers. The

@@ -284,7 +284,9 @@ func (b *bucket) last(c *call, key string) (record, error) {
 		if err == nil {
 			switch status := answer.Header.Get("Status"); status {
 			case "":
-				return directRecord(answer, setup.MaxAge)
+				r, err := directRecord(answer, setup.MaxAge)
+				b.clock.observe(r.modified)
+				return r, err
 			case "404":
 				return record{}, nil
 			default:
@@ -307,7 +309,9 @@ func (b *bucket) leaderLast(c *call, key string) (record, error) {
 	if err != nil || msg == nil {
 		return record{}, err
 	}
-	return msg.record(b.setup.Load().MaxAge)
+	r, err := msg.record(b.setup.Load().MaxAge)
+	b.clock.observe(r.modified)
+	return r, err
 }
 
 // leaderMsg reads the last message on a subject, which may have wildcards. It
@@ -571,9 +575,28 @@ func (c *serverClock) set(base moment, asked time.Time, reconnects uint64) {
 	c.base, c.at, c.trip, c.reconnects = base, now, now.Sub(asked), reconnects
 }
 
+// observe takes note of the time at which the server wrote something that has
+// arrived here: its clock is past that. A time that the clock cannot have got
+// to is another server's, and tells nothing.
+func (c *serverClock) observe(written moment) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	ahead := written - c.estimate(now)
+	if ahead > 0 && ahead <= c.slack(now) {
+		c.base += ahead
+		c.trip -= min(c.trip, time.Duration(ahead))
+	}
+}
+
 func (c *serverClock) estimate(now time.Time) moment {
 	passed := now.Sub(c.at)
 	return c.base + moment(passed-passed/maxDrift)
+}
+
+// slack returns by how much the server's clock may be past the estimate.
+func (c *serverClock) slack(now time.Time) moment {
+	return moment(c.trip + 2*now.Sub(c.at)/maxDrift)
 }
 
 // now returns the lower bound of the server's clock.
@@ -590,9 +613,8 @@ func (c *serverClock) read(nc *nats.Conn) (now moment, slack moment, stale bool)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	local := time.Now()
-	age := local.Sub(c.at)
-	stale = age > sampleLife || c.reconnects != reconnects
-	return c.estimate(local), moment(c.trip + 2*age/maxDrift), stale
+	stale = local.Sub(c.at) > sampleLife || c.reconnects != reconnects
+	return c.estimate(local), c.slack(local), stale
 }
 
 // memoLimit is how many keys a client remembers the last record of, at least.

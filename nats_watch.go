@@ -198,8 +198,9 @@ func (w *natsWatch) attach(ctx context.Context) error {
 	}
 	w.hear()
 	if first {
+		now := w.b.clock.now()
 		for _, l := range all {
-			if !l.deleted && l.revision <= w.cursor {
+			if !l.deleted && l.revision <= w.cursor && !l.deadline.passed(now) {
 				w.track(l.key, l.revision, l.deadline)
 			}
 		}
@@ -386,6 +387,7 @@ func (w *natsWatch) take(msg *nats.Msg) error {
 	default:
 		return fmt.Errorf("status %s", status)
 	}
+	w.b.clock.observe(d.written)
 	w.asked--
 	w.cursor = d.seq
 	if key, ok := w.b.key(w.pattern, msg.Subject); ok {

@@ -1,0 +1,274 @@
+package state
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+var watchCases = []conformanceCase{
+	{"watch", "from the moment that Watch returns every later Put, Delete and expiry of a matching key is told", func(t *testing.T, dial func() StateStore) {
+		a, b := dial(), dial()
+		require.NoError(t, a.Put("k.before", []byte("x"), 0))
+		events := mustWatch(t, b, "k.*")
+		require.NoError(t, a.Put("k.1", []byte("one"), 0))
+		first := receive(t, events)
+		assert.Equal(t, "put k.1", brief(first))
+		assert.Equal(t, "one", string(first.Value))
+		assert.False(t, first.Modified.Before(first.Created))
+		require.NoError(t, a.Put("other", []byte("x"), 0))
+		require.NoError(t, a.Put("k.1", []byte("two"), 0))
+		second := receive(t, events)
+		assert.Equal(t, "two", string(second.Value))
+		assert.Greater(t, second.Revision, first.Revision)
+		assert.True(t, second.Created.Equal(first.Created))
+		require.NoError(t, a.Delete("k.1"))
+		third := receive(t, events)
+		assert.Equal(t, "delete k.1", brief(third))
+		assert.Greater(t, third.Revision, second.Revision)
+		assert.Nil(t, third.Value)
+		assert.True(t, third.Created.IsZero())
+		assert.False(t, third.Modified.Before(second.Modified))
+		require.NoError(t, a.Delete("k.before"))
+		assert.Equal(t, "delete k.before", brief(receive(t, events)))
+		tellsNext(t, a, events, "k.end")
+	}},
+	{"watch-patterns", "the star matches any rest, dots included and the empty rest too", func(t *testing.T, dial func() StateStore) {
+		s := dial()
+		keys := []string{"conf", "config", "config.a", "config.a.b", "config.ab", "other.config.a", "z"}
+		watches := map[string]<-chan *KeyValue{}
+		for _, p := range []string{"*", "conf*", "config", "config.*", "config.a*", "config.a.*", "nothing.*"} {
+			watches[p] = mustWatch(t, s, p)
+		}
+		told := func(what, key string) {
+			for p, events := range watches {
+				if MatchPattern(p, key) {
+					assert.Equal(t, what+" "+key, brief(receive(t, events)), p)
+				}
+			}
+		}
+		for _, key := range keys {
+			require.NoError(t, s.Put(key, nil, 0))
+			told("put", key)
+			require.NoError(t, s.Delete(key))
+			told("delete", key)
+		}
+		for p, events := range watches {
+			if p == "*" {
+				tellsNext(t, s, events, "end")
+			}
+		}
+	}},
+	{"watch-nothing-before", "no event for what was acknowledged before", func(t *testing.T, dial func() StateStore) {
+		a, b := dial(), dial()
+		for i := range 30 {
+			key := fmt.Sprintf("k.%d", i%3)
+			require.NoError(t, a.Put(key, []byte("before"), 0))
+			ctx, cancel := context.WithCancel(context.Background())
+			events, err := b.(ContextWatcher).WatchContext(ctx, "k.*")
+			require.NoError(t, err)
+			require.NoError(t, a.Put(key, []byte("after"), 0))
+			kv := receive(t, events)
+			require.Equal(t, "after", string(kv.Value))
+			cancel()
+		}
+	}},
+	{"watch-expiry", "an expiry is told at the deadline and has the revision of the value that expired", func(t *testing.T, dial func() StateStore) {
+		a, b := dial(), dial()
+		events := mustWatch(t, b, "*")
+		require.NoError(t, a.Put("k", []byte("v"), 200*time.Millisecond))
+		put := receive(t, events)
+		expiry := receive(t, events)
+		assert.Equal(t, "delete k", brief(expiry))
+		assert.Equal(t, put.Revision, expiry.Revision)
+		assert.Nil(t, expiry.Value)
+		assert.True(t, expiry.Created.IsZero())
+		assert.True(t, expiry.Modified.Equal(put.Modified.Add(200*time.Millisecond)), "its time is the deadline")
+		_, err := a.Get("k")
+		refuses(t, ErrNotFound, err)
+		require.NoError(t, a.Delete("k")) // silent: it is gone already
+		tellsNext(t, a, events, "k")
+	}},
+	{"watch-expiry-of-the-old", "expiries are told for values put before the watch began too", func(t *testing.T, dial func() StateStore) {
+		a, b := dial(), dial()
+		require.NoError(t, a.Put("k.1", nil, 150*time.Millisecond))
+		require.NoError(t, a.Put("k.2", nil, 250*time.Millisecond))
+		require.NoError(t, a.Put("k.3", nil, 0))
+		require.NoError(t, a.Put("x", nil, 150*time.Millisecond))
+		one, two := mustGet(t, a, "k.1").Revision, mustGet(t, a, "k.2").Revision
+		wide, exact := mustWatch(t, b, "k.*"), mustWatch(t, b, "k.2")
+		first := receive(t, wide)
+		assert.Equal(t, "delete k.1", brief(first))
+		assert.Equal(t, one, first.Revision)
+		second := receive(t, wide)
+		assert.Equal(t, "delete k.2", brief(second))
+		assert.Equal(t, two, second.Revision)
+		assert.Equal(t, second, receive(t, exact))
+		tellsNext(t, a, wide, "k.4")
+	}},
+	{"watch-expired-before", "what had expired before the watch began is not told", func(t *testing.T, dial func() StateStore) {
+		a, b := dial(), dial()
+		require.NoError(t, a.Put("k", nil, time.Millisecond))
+		eventually(t, func() bool { _, err := a.Get("k"); return err != nil }, "expiry")
+		events := mustWatch(t, b, "*")
+		tellsNext(t, a, events, "k")
+	}},
+	{"watch-refreshed", "a value that was refreshed in time is never told as expired", func(t *testing.T, dial func() StateStore) {
+		a, b := dial(), dial()
+		require.NoError(t, a.Put("k", nil, 400*time.Millisecond))
+		events := mustWatch(t, b, "*")
+		last := mustGet(t, a, "k").Revision
+		for range 8 {
+			time.Sleep(100 * time.Millisecond)
+			require.NoError(t, a.Put("k", nil, 400*time.Millisecond))
+			kv := receive(t, events)
+			require.Equal(t, "put k", brief(kv))
+			require.Greater(t, kv.Revision, last)
+			last = kv.Revision
+		}
+		kv := receive(t, events)
+		assert.Equal(t, "delete k", brief(kv))
+		assert.Equal(t, last, kv.Revision)
+	}},
+	{"watch-put-after-expiry", "a Put after the deadline comes after the expiry, as a new key", func(t *testing.T, dial func() StateStore) {
+		a, b := dial(), dial()
+		events := mustWatch(t, b, "*")
+		var last *KeyValue
+		for i := range 5 {
+			require.NoError(t, a.Put("k", nil, 50*time.Millisecond))
+			kv := receive(t, events)
+			require.Equal(t, "put k", brief(kv))
+			if last != nil {
+				require.False(t, kv.Created.Before(last.Created), i)
+			}
+			last = kv
+			eventually(t, func() bool { _, err := a.Get("k"); return err != nil }, "expiry")
+			if i%2 == 0 {
+				require.NoError(t, a.Put("k", nil, 0)) // at once, the expiry is hardly told yet
+				expiry := receive(t, events)
+				require.Equal(t, "delete k", brief(expiry))
+				require.Equal(t, last.Revision, expiry.Revision)
+				last = receive(t, events)
+				require.Equal(t, "put k", brief(last))
+				require.NoError(t, a.Delete("k"))
+			}
+			require.Equal(t, "delete k", brief(receive(t, events)))
+		}
+	}},
+	{"watch-many-expiries", "every expiry is told, once", func(t *testing.T, dial func() StateStore) {
+		a, b := dial(), dial()
+		events := mustWatch(t, b, "*")
+		const n = 200
+		for i := range n {
+			require.NoError(t, a.Put(fmt.Sprintf("k.%d", i), nil, time.Second))
+		}
+		told := map[string]int{}
+		for len(told) < n {
+			if kv := receive(t, events); kv.Operation == OpDelete {
+				told[kv.Key]++
+			}
+		}
+		tellsNext(t, a, events, "end")
+		for key, times := range told {
+			assert.Equal(t, 1, times, key)
+		}
+	}},
+	{"watch-order", "every change is told; for one key events come in the order of their revisions, none twice", func(t *testing.T, dial func() StateStore) {
+		const writers, each = 4, 40
+		reader := dial()
+		events := mustWatch(t, reader, "k.*")
+		var wg sync.WaitGroup
+		for w := range writers {
+			s := dial()
+			wg.Go(func() {
+				for i := range each {
+					assert.NoError(t, s.Put(fmt.Sprintf("k.own.%d.%d", w, i), nil, 0))
+					assert.NoError(t, s.Put(fmt.Sprintf("k.shared.%d", (w+i)%3), nil, 0))
+				}
+			})
+		}
+		wg.Wait()
+		require.NoError(t, reader.Put("k.end", nil, 0))
+		last := map[string]uint64{}
+		for last["k.end"] == 0 {
+			kv := receive(t, events)
+			require.Greater(t, kv.Revision, last[kv.Key])
+			last[kv.Key] = kv.Revision
+		}
+		keys, err := reader.Keys("k.*")
+		require.NoError(t, err)
+		require.Len(t, keys, writers*each+3+1)
+		for _, key := range keys {
+			require.Equal(t, mustGet(t, reader, key).Revision, last[key], key)
+		}
+	}},
+	{"watch-slow-reader", "up to 1024 events wait in order; beyond it a newer event takes the place of its key's older one; the last state of every key arrives", func(t *testing.T, dial func() StateStore) {
+		s := dial()
+		slow := mustWatch(t, s, "*")
+		const puts, keys = 2000, 10
+		for i := range maxWaiting {
+			require.NoError(t, s.Put(fmt.Sprintf("once.%d", i), nil, 0))
+		}
+		for i := range puts {
+			require.NoError(t, s.Put(fmt.Sprintf("k.%d", i%keys), fmt.Append(nil, i), 0))
+		}
+		require.NoError(t, s.Delete("k.0"))
+		require.NoError(t, s.Put("last", nil, 0))
+		time.Sleep(500 * time.Millisecond) // so that all is waiting
+
+		for i := range maxWaiting {
+			require.Equal(t, fmt.Sprintf("put once.%d", i), brief(receive(t, slow)), "in order")
+		}
+		last := map[string]*KeyValue{}
+		n := 0
+		for last["last"] == nil {
+			kv := receive(t, slow)
+			if before := last[kv.Key]; before != nil {
+				require.Greater(t, kv.Revision, before.Revision)
+			}
+			last[kv.Key] = kv
+			n++
+		}
+		assert.LessOrEqual(t, n, 2*keys+2, "memory is bounded by the keys")
+		assert.Equal(t, "delete k.0", brief(last["k.0"]))
+		for i := 1; i < keys; i++ {
+			assert.Equal(t, fmt.Sprint(puts-keys+i), string(last[fmt.Sprintf("k.%d", i)].Value))
+		}
+	}},
+	{"watch-two-readers", "a slow reader blocks no other, and each gets all", func(t *testing.T, dial func() StateStore) {
+		s := dial()
+		stuck := mustWatch(t, s, "*")
+		other := mustWatch(t, s, "*")
+		for i := range 100 {
+			require.NoError(t, s.Put(fmt.Sprint(i), nil, 0))
+			require.Equal(t, fmt.Sprint(i), receive(t, other).Key)
+		}
+		for i := range 100 {
+			require.Equal(t, fmt.Sprint(i), receive(t, stuck).Key)
+		}
+	}},
+	{"watch-context", "WatchContext is closed when its context is done, and the others go on", func(t *testing.T, dial func() StateStore) {
+		s := dial()
+		ctx, cancel := context.WithCancel(context.Background())
+		some, err := s.(ContextWatcher).WatchContext(ctx, "k")
+		require.NoError(t, err)
+		idle, err := s.(ContextWatcher).WatchContext(ctx, "*")
+		require.NoError(t, err)
+		other := mustWatch(t, s, "*")
+		require.NoError(t, s.Put("k", nil, 0))
+		receive(t, other)
+		receive(t, some)
+		cancel()
+		ended(t, some)
+		ended(t, idle)
+		require.NoError(t, s.Put("k", nil, 0))
+		receive(t, other)
+		_, err = s.(ContextWatcher).WatchContext(ctx, "*")
+		assert.ErrorIs(t, err, context.Canceled)
+	}},
+}
