@@ -1,0 +1,342 @@
+// Swarm shows what package state is for: a few agents that share nothing but a
+// store, and that stay of one mind when some of them die.
+//
+//	go run ./examples/swarm
+//
+// runs five agents on a NATS server inside this process, each on a connection
+// and a store of its own, for about ten seconds. One leads, by a lock that it
+// refreshes, and plans tasks; all do tasks, each under a lock; all send
+// heartbeats, and follow a setting by a watch. Then the leader is cut off in the
+// middle of its term, and a worker in the middle of a task. At the end the run
+// checks itself; its exit code is 1 if anything was not as it should be.
+//
+//	go run ./examples/swarm -nats nats://host:4222
+//
+// has the same agents join a real server, until they are interrupted. Several
+// such processes, on several machines, are one swarm: kill any of them.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+
+	"example.com/state"
+)
+
+var (
+	url    = flag.String("nats", "", "address of the servers to join, instead of one inside this process")
+	agents = flag.Int("agents", 5, "number of agents, at least 3")
+	pace   = flag.Duration("pace", 0, "how long a task takes, from now on and for the whole swarm")
+	length = flag.Duration("for", 0, "with -nats: when to leave, instead of when interrupted")
+	bucket = flag.String("bucket", "swarm", "the bucket that the swarm shares")
+)
+
+func main() {
+	flag.Parse()
+	run := demonstrate
+	if *url != "" {
+		run = join
+	}
+	ok, err := run(os.Stdout)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "swarm:", err)
+	}
+	if !ok || err != nil {
+		os.Exit(1)
+	}
+}
+
+// A member is an agent with the connection that it lives by.
+type member struct {
+	*Agent
+	nc   *nats.Conn
+	dead bool
+}
+
+// A Swarm is the agents of this process, and who watches them.
+type Swarm struct {
+	*Witness
+	members []*member
+	nc      *nats.Conn
+	store   *state.NATSStore
+	watched chan struct{} // closed when the watch has ended
+}
+
+func open(url string) (*nats.Conn, *state.NATSStore, error) {
+	nc, err := nats.Connect(url, nats.MaxReconnects(-1))
+	if err != nil {
+		return nil, nil, err
+	}
+	store, err := state.NewNATSStore(state.NATSStoreConfig{Conn: nc, Bucket: *bucket})
+	if err != nil {
+		nc.Close()
+		return nil, nil, err
+	}
+	return nc, store, nil
+}
+
+// gather starts the agents and the witness.
+func gather(out io.Writer, url string, pace time.Duration, names []string) (*Swarm, error) {
+	s := &Swarm{Witness: NewWitness(out), watched: make(chan struct{})}
+	var err error
+	if s.nc, s.store, err = open(url); err != nil {
+		return nil, err
+	}
+	events, err := s.store.Watch("*")
+	if err != nil {
+		return nil, err
+	}
+	go func() {
+		defer close(s.watched)
+		s.Watch(events)
+	}()
+	if err := s.configure(pace); err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		nc, store, err := open(url)
+		if err != nil {
+			return nil, err
+		}
+		m := &member{nc: nc}
+		m.Agent = &Agent{Name: name, Store: store, Terms: s.Term, Tell: func(format string, args ...any) {
+			if !nc.IsClosed() {
+				s.Say(name, format, args...)
+			}
+		}}
+		s.members = append(s.members, m)
+	}
+	return s, nil
+}
+
+func (s *Swarm) start() {
+	for _, m := range s.members {
+		m.Start()
+	}
+}
+
+// configure sets the swarm's pace, the usual one only if there is none yet.
+func (s *Swarm) configure(pace time.Duration) error {
+	const key = "config.pace"
+	if pace > 0 {
+		return s.store.Put(key, []byte(pace.String()), 0)
+	}
+	_, err := s.store.Update(key, []byte("200ms"), 0, 0)
+	if err != state.ErrConflict {
+		return err
+	}
+	value, err := s.store.Get(key)
+	if err == nil {
+		s.take(&state.KeyValue{Key: key, Value: value})
+	}
+	return err
+}
+
+// cut takes an agent's connection away from one moment to the next. It unlocks
+// nothing, and says good-bye to nobody.
+func (s *Swarm) cut(m *member, why string) {
+	m.nc.Close()
+	m.dead = true
+	s.Say("****", "%s is cut off %s", m.Name, why)
+	go m.Stop()
+}
+
+func (s *Swarm) living() (living []*member) {
+	for _, m := range s.members {
+		if !m.dead {
+			living = append(living, m)
+		}
+	}
+	return living
+}
+
+// disband stops all agents, the leader first, and ends what was opened.
+func (s *Swarm) disband() error {
+	for _, m := range s.living() {
+		m.Resign()
+	}
+	// They plan nothing any more. What is planned, they still do.
+	tasks, err := s.store.Keys("tasks.*")
+	if err != nil {
+		return err
+	}
+	for _, task := range tasks {
+		Await(10*time.Second, func() bool {
+			value, err := s.store.Get(task)
+			return err == state.ErrNotFound || string(value) != "open"
+		})
+	}
+	for _, m := range s.members {
+		m.Stop()
+		m.Store.Close()
+		m.nc.Close()
+	}
+	Await(5*time.Second, func() bool {
+		return !slices.ContainsFunc(s.members, func(m *member) bool { return slices.Contains(s.Alive(), m.Name) })
+	})
+	s.store.Close()
+	<-s.watched
+	s.nc.Close()
+	return nil
+}
+
+// demonstrate runs a swarm on a server of its own, and cuts two agents off.
+func demonstrate(out io.Writer) (ok bool, err error) {
+	dir, err := os.MkdirTemp("", "swarm-")
+	if err != nil {
+		return false, err
+	}
+	defer os.RemoveAll(dir)
+	srv, err := server.NewServer(&server.Options{
+		Host: "127.0.0.1", Port: server.RANDOM_PORT, JetStream: true, StoreDir: dir, NoSigs: true, NoLog: true,
+	})
+	if err != nil {
+		return false, err
+	}
+	srv.Start()
+	defer srv.WaitForShutdown()
+	defer srv.Shutdown()
+	if !srv.ReadyForConnections(20 * time.Second) {
+		return false, fmt.Errorf("the server does not start")
+	}
+
+	names := []string{"ada", "grace", "alan", "barbara", "edsger"}
+	for n := len(names); n < *agents; n++ {
+		names = append(names, fmt.Sprintf("agent-%d", n+1))
+	}
+	s, err := gather(out, srv.ClientURL(), *pace, names[:max(*agents, 3)])
+	if err != nil {
+		return false, err
+	}
+	var c checklist
+
+	// The worker that is cut off: the first to come to the middle of a task when
+	// it is time.
+	var due atomic.Bool
+	victim := make(chan string, 1)
+	var orphan string
+	for _, m := range s.members {
+		m.Midway = func(task string) {
+			if s.Leader() != m.Name && due.CompareAndSwap(true, false) {
+				s.cut(m, "in the middle of "+task)
+				orphan = strings.TrimPrefix(task, "tasks.")
+				victim <- m.Name
+			}
+		}
+	}
+
+	s.start()
+	c.check(Await(10*time.Second, func() bool { return s.Leader() != "" && len(s.Alive()) == len(s.members) }),
+		"%d agents joined, and %s leads", len(s.Alive()), s.Leader())
+
+	time.Sleep(1500 * time.Millisecond)
+	if err := s.configure(100 * time.Millisecond); err != nil {
+		return false, err
+	}
+	c.check(s.agree(), "every agent knows the new pace by its watch: %s", s.Pace())
+
+	// The leader.
+	time.Sleep(time.Second)
+	first := s.Leader()
+	cutAt := time.Now()
+	for _, m := range s.members {
+		if m.Name == first {
+			s.cut(m, "while it leads")
+		}
+	}
+	c.check(Await(10*time.Second, func() bool { return s.Leader() != first }), "%s was cut off, and %s leads", first, s.Leader())
+	terms := s.Terms()
+	took := terms[len(terms)-1].Granted.Sub(cutAt)
+	c.check(took < leaderLease+2*time.Second, "that took %v; the lease is %v", took.Round(time.Millisecond), leaderLease)
+
+	// A worker.
+	time.Sleep(500 * time.Millisecond)
+	due.Store(true)
+	name := <-victim
+	c.check(Await(10*time.Second, func() bool { return s.Done(orphan) }),
+		"%s was cut off, and somebody else did its task %s", name, orphan)
+
+	var living []string
+	for _, m := range s.living() {
+		living = append(living, m.Name)
+	}
+	slices.Sort(living)
+	c.check(Await(10*time.Second, func() bool { return slices.Equal(s.Alive(), living) }),
+		"the heartbeats tell who is alive: %s", strings.Join(living, ", "))
+	time.Sleep(time.Second)
+
+	if err := s.disband(); err != nil {
+		return false, err
+	}
+	planned, done, twice := s.Tasks()
+	c.check(done == planned && done > 0, "%d tasks were planned, %d were done", planned, done)
+	c.check(len(twice) == 0, "%d tasks were done twice", len(twice))
+	c.terms(s.Terms(), 2)
+	return c.print(out), nil
+}
+
+// join runs agents that are part of a swarm on a server elsewhere.
+func join(out io.Writer) (ok bool, err error) {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	if *length > 0 {
+		ctx, stop = context.WithTimeout(ctx, *length)
+		defer stop()
+	}
+	host, _ := os.Hostname()
+	if host, _, _ = strings.Cut(host, "."); state.ValidateKey(host) != nil {
+		host = "agent"
+	}
+	var names []string
+	for n := range *agents {
+		names = append(names, fmt.Sprintf("%s-%d-%d", host, os.Getpid(), n+1))
+	}
+	s, err := gather(out, *url, *pace, names)
+	if err != nil {
+		return false, err
+	}
+	s.start()
+	<-ctx.Done()
+	stop() // a second interrupt kills
+
+	// One process can know only so much of the whole.
+	var c checklist
+	c.check(Await(5*time.Second, func() bool {
+		return !slices.ContainsFunc(names, func(name string) bool { return !slices.Contains(s.Alive(), name) })
+	}), "all %d agents of this process are among the %d that are alive", len(names), len(s.Alive()))
+	c.check(s.agree(), "they know the pace by their watch: %s", s.Pace())
+	if err := s.disband(); err != nil {
+		return false, err
+	}
+	ours := 0
+	for _, name := range names {
+		ours += s.DoneBy(name)
+	}
+	_, done, twice := s.Tasks()
+	c.check(ours <= done, "they did %d of the %d tasks that were done", ours, done)
+	c.check(len(twice) == 0, "%d tasks were done twice", len(twice))
+	c.terms(s.Terms(), 0)
+	return c.print(out), nil
+}
+
+// agree reports whether all agents hear of the pace that the store holds.
+func (s *Swarm) agree() bool {
+	value, err := s.store.Get("config.pace")
+	if err != nil {
+		return false
+	}
+	return Await(5*time.Second, func() bool {
+		return !slices.ContainsFunc(s.living(), func(m *member) bool { return m.Pace().String() != string(value) })
+	})
+}
