@@ -1,0 +1,345 @@
+package state
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/stretchr/testify/require"
+)
+
+// Servers, clusters, connections and the ways to disturb them.
+
+var buckets atomic.Int64
+
+func newBucketName() string { return fmt.Sprintf("bucket-%d", buckets.Add(1)) }
+
+// startServer runs a server with JetStream until the test ends.
+func startServer(t testing.TB, change func(*server.Options)) *server.Server {
+	t.Helper()
+	opts := &server.Options{
+		Host: "127.0.0.1", Port: server.RANDOM_PORT, JetStream: true, StoreDir: t.TempDir(),
+		NoSigs: true, NoLog: true,
+	}
+	if change != nil {
+		change(opts)
+	}
+	return runServer(t, opts)
+}
+
+func runServer(t testing.TB, opts *server.Options) *server.Server {
+	t.Helper()
+	srv, err := server.NewServer(opts)
+	require.NoError(t, err)
+	srv.Start()
+	require.True(t, srv.ReadyForConnections(20*time.Second), "the server does not start")
+	t.Cleanup(func() { stopServer(srv) })
+	return srv
+}
+
+func stopServer(srv *server.Server) {
+	srv.Shutdown()
+	srv.WaitForShutdown()
+}
+
+// A restartable is a server that comes back on its port with its storage.
+type restartable struct {
+	*server.Server
+	opts *server.Options
+}
+
+func startRestartable(t testing.TB) *restartable {
+	t.Helper()
+	opts := &server.Options{
+		Host: "127.0.0.1", Port: freePort(t), JetStream: true, StoreDir: t.TempDir(),
+		NoSigs: true, NoLog: true,
+	}
+	return &restartable{runServer(t, opts.Clone()), opts}
+}
+
+func (r *restartable) start(t testing.TB) { r.Server = runServer(t, r.opts.Clone()) }
+
+func freePort(t testing.TB) int {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer func() { _ = l.Close() }()
+	return l.Addr().(*net.TCPAddr).Port
+}
+
+// connect returns a connection that lasts as long as the test.
+func connect(t testing.TB, url string, opts ...nats.Option) *nats.Conn {
+	t.Helper()
+	opts = append([]nats.Option{
+		nats.MaxReconnects(-1), nats.ReconnectWait(10 * time.Millisecond), nats.ReconnectJitter(0, 0),
+		nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}),
+	}, opts...)
+	nc, err := nats.Connect(url, opts...)
+	require.NoError(t, err)
+	t.Cleanup(nc.Close)
+	return nc
+}
+
+// openStore returns a store that lasts as long as the test.
+func openStore(t testing.TB, cfg NATSStoreConfig) *NATSStore {
+	t.Helper()
+	s, err := NewNATSStore(cfg)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = s.Close() })
+	return s
+}
+
+// A cluster is three servers with JetStream in this process.
+type cluster struct {
+	servers []*server.Server
+	opts    []*server.Options
+}
+
+func startCluster(t testing.TB) *cluster {
+	t.Helper()
+	c := &cluster{}
+	var routes []*url.URL
+	for range 3 {
+		routes = append(routes, &url.URL{Scheme: "nats", Host: fmt.Sprintf("127.0.0.1:%d", freePort(t))})
+	}
+	for i := range 3 {
+		var port int
+		_, err := fmt.Sscan(routes[i].Port(), &port)
+		require.NoError(t, err)
+		c.opts = append(c.opts, &server.Options{
+			ServerName: fmt.Sprintf("s%d", i), Host: "127.0.0.1", Port: freePort(t),
+			JetStream: true, StoreDir: t.TempDir(), NoSigs: true, NoLog: true,
+			Cluster: server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: port},
+			Routes:  routes,
+		})
+		srv, err := server.NewServer(c.opts[i].Clone())
+		require.NoError(t, err)
+		srv.Start()
+		c.servers = append(c.servers, srv)
+	}
+	t.Cleanup(func() {
+		for _, srv := range c.servers {
+			stopServer(srv)
+		}
+	})
+	c.settle(t)
+	return c
+}
+
+// settle waits until the cluster has a leader and all servers are current.
+func (c *cluster) settle(t testing.TB) {
+	t.Helper()
+	ready := func() bool {
+		leader := false
+		for _, srv := range c.servers {
+			leader = leader || srv.JetStreamIsLeader()
+			if !srv.JetStreamIsCurrent() || !srv.ReadyForConnections(time.Millisecond) {
+				return false
+			}
+		}
+		return leader
+	}
+	for end := time.Now().Add(60 * time.Second); !ready(); time.Sleep(20 * time.Millisecond) {
+		require.True(t, time.Now().Before(end), "the cluster does not settle")
+	}
+}
+
+func (c *cluster) restart(t testing.TB, i int) {
+	t.Helper()
+	srv, err := server.NewServer(c.opts[i].Clone())
+	require.NoError(t, err)
+	srv.Start()
+	c.servers[i] = srv
+}
+
+// leader returns the index of the server that leads a bucket's stream.
+func (c *cluster) leader(t testing.TB, bucket string) int {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		for i, srv := range c.servers {
+			if srv.JetStreamIsStreamLeader(server.DEFAULT_GLOBAL_ACCOUNT, "KV_"+bucket) {
+				return i
+			}
+		}
+	}
+	require.FailNow(t, "the stream has no leader")
+	return 0
+}
+
+// stepDown makes another server lead a bucket's stream.
+func (c *cluster) stepDown(t testing.TB, nc *nats.Conn, bucket string) {
+	t.Helper()
+	_, err := nc.Request("$JS.API.STREAM.LEADER.STEPDOWN.KV_"+bucket, nil, 5*time.Second)
+	require.NoError(t, err)
+}
+
+// A proxy passes connections on to a server, until it is told otherwise.
+type proxy struct {
+	listener net.Listener
+	target   string
+
+	mu    sync.Mutex
+	conns map[net.Conn]struct{}
+	gate  chan struct{} // closed while bytes pass
+	down  bool          // connections are refused
+}
+
+func startProxy(t testing.TB, target string) *proxy {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	p := &proxy{listener: l, target: target, conns: map[net.Conn]struct{}{}, gate: make(chan struct{})}
+	close(p.gate)
+	t.Cleanup(func() {
+		_ = l.Close()
+		p.resume()
+		p.cut()
+	})
+	go func() {
+		for {
+			client, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go p.serve(client)
+		}
+	}()
+	return p
+}
+
+func (p *proxy) url() string { return "nats://" + p.listener.Addr().String() }
+
+func (p *proxy) serve(client net.Conn) {
+	upstream, err := net.Dial("tcp", p.target)
+	if err != nil {
+		_ = client.Close()
+		return
+	}
+	p.mu.Lock()
+	if p.down {
+		p.mu.Unlock()
+		_ = client.Close()
+		_ = upstream.Close()
+		return
+	}
+	p.conns[client], p.conns[upstream] = struct{}{}, struct{}{}
+	p.mu.Unlock()
+	pass := func(dst, src net.Conn) {
+		defer func() { _, _ = dst.Close(), src.Close() }()
+		buf := make([]byte, 32<<10)
+		for {
+			n, err := src.Read(buf)
+			p.mu.Lock()
+			gate := p.gate
+			p.mu.Unlock()
+			<-gate
+			if n > 0 {
+				if _, err := dst.Write(buf[:n]); err != nil {
+					return
+				}
+			}
+			if err != nil {
+				return
+			}
+		}
+	}
+	go pass(upstream, client)
+	pass(client, upstream)
+}
+
+// stall holds back all bytes, both ways, until resume.
+func (p *proxy) stall() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.gate = make(chan struct{})
+}
+
+func (p *proxy) resume() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	select {
+	case <-p.gate:
+	default:
+		close(p.gate)
+	}
+}
+
+// cut closes all connections. What was held back is lost.
+func (p *proxy) cut() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for c := range p.conns {
+		_ = c.Close()
+		delete(p.conns, c)
+	}
+}
+
+// refuse has connections refused, or accepted again.
+func (p *proxy) refuse(down bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.down = down
+}
+
+// A process is a real nats-server, built from the module, that can be killed.
+type process struct {
+	bin, dir string
+	port     int
+	cmd      *exec.Cmd
+}
+
+var serverBinary = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "nats-server")
+	if err != nil {
+		return "", err
+	}
+	bin := filepath.Join(dir, "nats-server")
+	out, err := exec.Command("go", "build", "-o", bin, "github.com/nats-io/nats-server/v2").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("%w: %s", err, out)
+	}
+	return bin, nil
+})
+
+func startProcess(t testing.TB) *process {
+	t.Helper()
+	bin, err := serverBinary()
+	require.NoError(t, err)
+	p := &process{bin: bin, dir: t.TempDir(), port: freePort(t)}
+	p.start(t)
+	t.Cleanup(p.kill)
+	return p
+}
+
+func (p *process) url() string { return fmt.Sprintf("nats://127.0.0.1:%d", p.port) }
+
+func (p *process) start(t testing.TB) {
+	t.Helper()
+	p.cmd = exec.Command(p.bin, "-a", "127.0.0.1", "-p", fmt.Sprint(p.port), "-js", "-sd", p.dir)
+	p.cmd.Stderr = io.Discard
+	require.NoError(t, p.cmd.Start())
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		nc, err := nats.Connect(p.url())
+		if err == nil {
+			nc.Close()
+			return
+		}
+		require.True(t, time.Now().Before(end), "the server process does not start")
+	}
+}
+
+// kill is kill -9.
+func (p *process) kill() {
+	_ = p.cmd.Process.Kill()
+	_ = p.cmd.Wait()
+}

@@ -1,0 +1,281 @@
+package state
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+func newJetStream(t testing.TB, nc *nats.Conn) jetstream.JetStream {
+	t.Helper()
+	js, err := jetstream.New(nc)
+	require.NoError(t, err)
+	return js
+}
+
+func TestNewNATSStoreRefusesConfigs(t *testing.T) {
+	srv := startServer(t, nil)
+	nc, closed := connect(t, srv.ClientURL()), connect(t, srv.ClientURL())
+	closed.Close()
+	for says, cfg := range map[string]NATSStoreConfig{
+		"Conn is nil":         {Bucket: "b"},
+		"connection closed":   {Bucket: "b", Conn: closed},
+		`bucket name ""`:      {Conn: nc},
+		`bucket name "a b"`:   {Conn: nc, Bucket: "a b"},
+		`bucket name "a.b"`:   {Conn: nc, Bucket: "a.b"},
+		`bucket name "a/b"`:   {Conn: nc, Bucket: "a/b"},
+		`bucket name "ä"`:     {Conn: nc, Bucket: "ä"},
+		`bucket name "*"`:     {Conn: nc, Bucket: "*"},
+		"TTL is -1s":          {Conn: nc, Bucket: "b", TTL: -time.Second},
+		"History is -1":       {Conn: nc, Bucket: "b", History: -1},
+		"History is 65":       {Conn: nc, Bucket: "b", History: 65},
+		"MaxValueSize is -1":  {Conn: nc, Bucket: "b", MaxValueSize: -1},
+		"Replicas is -1":      {Conn: nc, Bucket: "b", Replicas: -1},
+		"Replicas is 6":       {Conn: nc, Bucket: "b", Replicas: 6},
+		"replicas > 1 not su": {Conn: nc, Bucket: "b", Replicas: 3}, // the server's own words
+	} {
+		s, err := NewNATSStore(cfg)
+		assert.ErrorContains(t, err, says)
+		assert.Nil(t, s)
+	}
+	for name := range newJetStream(t, nc).StreamNames(context.Background()).Name() {
+		assert.Fail(t, "something was made", name)
+	}
+}
+
+func TestNewNATSStoreSaysWhatIsWrong(t *testing.T) {
+	quickly := func(t *testing.T, nc *nats.Conn, says string) {
+		t.Helper()
+		began := time.Now()
+		_, err := NewNATSStore(NATSStoreConfig{Conn: nc, Bucket: "b"})
+		assert.ErrorContains(t, err, says)
+		assert.Less(t, time.Since(began), 8*time.Second)
+	}
+	t.Run("no JetStream", func(t *testing.T) {
+		t.Parallel()
+		srv := startServer(t, func(o *server.Options) { o.JetStream = false })
+		quickly(t, connect(t, srv.ClientURL()), "JetStream is not enabled")
+	})
+	t.Run("no JetStream for the account", func(t *testing.T) {
+		t.Parallel()
+		srv := startServer(t, func(o *server.Options) {
+			o.Accounts = []*server.Account{server.NewAccount("poor")}
+			o.Users = []*server.User{{Username: "u", Password: "p", Account: o.Accounts[0]}}
+		})
+		quickly(t, connect(t, srv.ClientURL(), nats.UserInfo("u", "p")), "JetStream is not enabled for this account")
+	})
+	for name, permissions := range map[string]*server.Permissions{
+		"may not publish":   {Publish: &server.SubjectPermission{Deny: []string{"$JS.API.>"}}},
+		"may not create":    {Publish: &server.SubjectPermission{Deny: []string{"$JS.API.STREAM.CREATE.>"}}},
+		"may not subscribe": {Subscribe: &server.SubjectPermission{Deny: []string{"_INBOX.>"}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, func(o *server.Options) {
+				o.Users = []*server.User{{Username: "u", Password: "p", Permissions: permissions}}
+			})
+			quickly(t, connect(t, srv.ClientURL(), nats.UserInfo("u", "p")), "ermissions violation")
+		})
+	}
+	t.Run("not a bucket", func(t *testing.T) {
+		t.Parallel()
+		nc := connect(t, startServer(t, nil).ClientURL())
+		_, err := newJetStream(t, nc).CreateStream(context.Background(), jetstream.StreamConfig{Name: "KV_b", Subjects: []string{"other.>"}})
+		require.NoError(t, err)
+		quickly(t, nc, "not a bucket")
+	})
+	t.Run("server gone", func(t *testing.T) {
+		t.Parallel()
+		srv := startServer(t, nil)
+		nc := connect(t, srv.ClientURL())
+		stopServer(srv)
+		quickly(t, nc, "no answer")
+	})
+}
+
+func TestOldServers(t *testing.T) {
+	for version, want := range map[string]bool{
+		"2.10.29": true, "2.9.0": true, "1.4.1": true, "2.11.0": false, "2.11.0-RC.1": false, "2.15.2": false, "3.0.0": false, "": false, "dev": false,
+	} {
+		assert.Equal(t, want, old(version), version)
+	}
+}
+
+// streamConfig returns a stream's configuration as the server has it, but for
+// what it keeps about itself.
+func streamConfig(t *testing.T, nc *nats.Conn, stream string) map[string]any {
+	t.Helper()
+	answer, err := nc.Request("$JS.API.STREAM.INFO."+stream, nil, 5*time.Second)
+	require.NoError(t, err)
+	var info struct {
+		Config map[string]any `json:"config"`
+	}
+	require.NoError(t, json.Unmarshal(answer.Data, &info))
+	delete(info.Config, "metadata")
+	return info.Config
+}
+
+func TestBindLeavesWhatTheOperatorSet(t *testing.T) {
+	nc := connect(t, startServer(t, nil).ClientURL())
+	js := newJetStream(t, nc)
+	_, err := js.CreateKeyValue(context.Background(), jetstream.KeyValueConfig{
+		Bucket: "b", Description: "the operator's", History: 7, TTL: 40 * time.Minute, MaxValueSize: 5000, MaxBytes: 1 << 20,
+		Storage: jetstream.MemoryStorage, Compression: true, RePublish: &jetstream.RePublish{Source: ">", Destination: "copy.>"},
+		Metadata: map[string]string{"team": "blue"},
+	})
+	require.NoError(t, err)
+	before := streamConfig(t, nc, "KV_b")
+	before["allow_msg_ttl"] = true
+
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	assert.Equal(t, before, streamConfig(t, nc, "KV_b"))
+	require.NoError(t, s.Put("k", []byte("v"), time.Minute))
+	refuses(t, ErrValueTooLarge, s.Put("k", make([]byte, 5000), 0))
+
+	// What the caller sets is applied, and nothing else.
+	openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b", History: 3, MaxValueSize: 4000, Replicas: 1})
+	before["max_msgs_per_subject"], before["max_msg_size"] = 3.0, 4000.0+1024
+	assert.Equal(t, before, streamConfig(t, nc, "KV_b"))
+}
+
+func TestBindLeavesReplicas(t *testing.T) {
+	c := startCluster(t)
+	nc := connect(t, c.servers[0].ClientURL())
+	_, err := newJetStream(t, nc).CreateKeyValue(context.Background(), jetstream.KeyValueConfig{Bucket: "b", Replicas: 3, Storage: jetstream.MemoryStorage})
+	require.NoError(t, err)
+	for _, replicas := range []int{0, 1} {
+		s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b", Replicas: replicas})
+		require.NoError(t, s.Put("k", nil, time.Minute))
+		assert.EqualValues(t, 3, streamConfig(t, nc, "KV_b")["num_replicas"])
+		// The bucket of locks follows.
+		require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
+		locks := streamConfig(t, nc, "KV_b-locks")
+		assert.EqualValues(t, 3, locks["num_replicas"])
+		assert.Equal(t, "memory", locks["storage"])
+	}
+}
+
+func TestNewBucket(t *testing.T) {
+	nc := connect(t, startServer(t, nil).ClientURL())
+	cfg := DefaultNATSStoreConfig()
+	assert.Equal(t, "agent-state", cfg.Bucket)
+	cfg.Conn = nc
+	s := openStore(t, cfg)
+	require.NoError(t, s.Put("k", make([]byte, 1<<20-headerRoom), time.Hour+1))
+
+	// It is what any KV client would have made, with message TTLs and nothing
+	// that removes more than it should.
+	status, err := mustKV(t, nc, "agent-state").Status(context.Background())
+	require.NoError(t, err)
+	assert.EqualValues(t, 1, status.History())
+	assert.Zero(t, status.LimitMarkerTTL())
+	assert.Zero(t, status.TTL())
+	config := streamConfig(t, nc, "KV_agent-state")
+	assert.Equal(t, true, config["allow_msg_ttl"])
+	assert.Equal(t, "file", config["storage"])
+	assert.EqualValues(t, 1, config["num_replicas"])
+}
+
+func TestDefaultTTL(t *testing.T) {
+	nc := connect(t, startServer(t, nil).ClientURL())
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b", TTL: 200 * time.Millisecond})
+	events := mustWatch(t, s, "*")
+	require.NoError(t, s.Put("default", nil, 0))
+	require.NoError(t, s.Put("own", nil, time.Hour))
+	for _, want := range []string{"put default", "put own", "delete default"} {
+		assert.Equal(t, want, brief(receive(t, events)))
+	}
+
+}
+
+func TestMaxPayload(t *testing.T) {
+	srv := startServer(t, func(o *server.Options) { o.MaxPayload = 64 << 10 })
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	require.NoError(t, s.Put("k", make([]byte, 63<<10), time.Hour+1))
+	refuses(t, ErrValueTooLarge, s.Put("k", make([]byte, 63<<10+1), 0))
+	refuses(t, ErrValueTooLarge, s.Put("k", make([]byte, 65<<10), 0))
+	assert.Len(t, mustGet(t, s, "k").Value, 63<<10)
+	require.NoError(t, s.Put("k", nil, 0), "the connection is alive")
+}
+
+func TestMaxBytes(t *testing.T) {
+	nc := connect(t, startServer(t, nil).ClientURL())
+	_, err := newJetStream(t, nc).CreateKeyValue(context.Background(), jetstream.KeyValueConfig{Bucket: "b", MaxBytes: 8 << 10})
+	require.NoError(t, err)
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	for i := 0; err == nil; i++ {
+		require.Less(t, i, 100, "the bucket is never full")
+		err = s.Put(fmt.Sprint(i), make([]byte, 1000), 0)
+	}
+	assert.ErrorContains(t, err, "maximum bytes")
+	assert.NotErrorIs(t, err, ErrOutcomeUnknown)
+	assert.True(t, strings.HasPrefix(err.Error(), `state: put "`), err)
+	require.NoError(t, s.Delete("0"), "room can be made")
+}
+
+// TestMaxAgeBucket: a bucket's own TTL is the longest life of an entry, and
+// ends it as its own TTL would.
+func TestMaxAgeBucket(t *testing.T) {
+	nc := connect(t, startServer(t, nil).ClientURL())
+	_, err := newJetStream(t, nc).CreateKeyValue(context.Background(), jetstream.KeyValueConfig{Bucket: "b", TTL: time.Second})
+	require.NoError(t, err)
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	events := mustWatch(t, s, "*")
+	for _, ttl := range []time.Duration{0, time.Hour, 500 * time.Millisecond} {
+		require.NoError(t, s.Put(fmt.Sprintf("k.%v", ttl), nil, ttl))
+	}
+	var deadlines []time.Time
+	for range 3 {
+		deadlines = append(deadlines, receive(t, events).Modified.Add(time.Second))
+	}
+	assert.Equal(t, "delete k.500ms", brief(receive(t, events)))
+	for i, key := range []string{"k.0s", "k.1h0m0s"} {
+		kv := receive(t, events)
+		assert.Equal(t, "delete "+key, brief(kv))
+		assert.True(t, kv.Modified.Equal(deadlines[i]))
+		_, err := s.Get(key)
+		refuses(t, ErrNotFound, err)
+	}
+}
+
+// TestMarkerBucket: a bucket with delete markers keeps them, and the store
+// takes the server's markers for the expiries that they are.
+func TestMarkerBucket(t *testing.T) {
+	nc := connect(t, startServer(t, nil).ClientURL())
+	ctx := context.Background()
+	kv, err := newJetStream(t, nc).CreateKeyValue(ctx, jetstream.KeyValueConfig{Bucket: "b", LimitMarkerTTL: time.Minute})
+	require.NoError(t, err)
+	before := streamConfig(t, nc, "KV_b")
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	assert.Equal(t, before, streamConfig(t, nc, "KV_b"))
+	events := mustWatch(t, s, "*")
+	_, err = kv.Create(ctx, "theirs", []byte("v"), jetstream.KeyTTL(time.Second))
+	require.NoError(t, err)
+	require.NoError(t, s.Put("ours", nil, 1500*time.Millisecond))
+	first, second := receive(t, events), receive(t, events)
+	expiry := receive(t, events)
+	assert.Equal(t, "delete theirs", brief(expiry))
+	assert.Equal(t, first.Revision, expiry.Revision)
+	expiry = receive(t, events)
+	assert.Equal(t, "delete ours", brief(expiry))
+	assert.Equal(t, second.Revision, expiry.Revision)
+	eventually(t, func() bool { // the server has put its marker
+		r, err := s.data.leaderLast(newCall(ctx), "theirs")
+		return err == nil && r.deleted
+	}, "marker")
+	_, err = s.Get("theirs")
+	refuses(t, ErrNotFound, err)
+	tellsNext(t, s, events, "theirs")
+	keys, err := s.Keys("*")
+	require.NoError(t, err)
+	assert.Equal(t, []string{"theirs"}, keys)
+}
