@@ -326,7 +326,9 @@ func join(out io.Writer) (ok bool, err error) {
 	_, done, twice := s.Tasks()
 	c.check(ours <= done, "they did %d of the %d tasks that were done", ours, done)
 	c.check(len(twice) == 0, "%d tasks were done twice", len(twice))
-	c.terms(s.Terms(), 0)
+	if terms := s.Terms(); len(terms) > 0 {
+		c.terms(terms, 1)
+	}
 	return c.print(out), nil
 }
 

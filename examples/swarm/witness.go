@@ -190,8 +190,7 @@ func (c *checklist) terms(terms []Term, atLeast int) {
 		tokens = append(tokens, fmt.Sprint(t.Token))
 		ok = ok && (i == 0 || t.Token > terms[i-1].Token && !t.Granted.Before(terms[i-1].Until))
 	}
-	c.check(ok, "one leader at a time: %d terms, none before the end of the last one, with the tokens %s",
-		len(terms), strings.Join(tokens, ", "))
+	c.check(ok, "one leader at a time: each term began after the last one; their tokens are %s", strings.Join(tokens, ", "))
 }
 
 func (c *checklist) print(out io.Writer) (ok bool) {
