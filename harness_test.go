@@ -191,6 +191,7 @@ type proxy struct {
 	mu    sync.Mutex
 	conns map[net.Conn]struct{}
 	gate  chan struct{} // closed while bytes pass
+	mute  bool          // what servers say is held back
 	down  bool          // connections are refused
 }
 
@@ -234,7 +235,7 @@ func (p *proxy) serve(client net.Conn) {
 	}
 	p.conns[client], p.conns[upstream] = struct{}{}, struct{}{}
 	p.mu.Unlock()
-	pass := func(dst, src net.Conn) {
+	pass := func(dst, src net.Conn, answers bool) {
 		defer func() { _, _ = dst.Close(), src.Close() }()
 		buf := make([]byte, 32<<10)
 		for {
@@ -243,6 +244,9 @@ func (p *proxy) serve(client net.Conn) {
 			gate := p.gate
 			p.mu.Unlock()
 			<-gate
+			for answers && p.muted() {
+				time.Sleep(time.Millisecond)
+			}
 			if n > 0 {
 				if _, err := dst.Write(buf[:n]); err != nil {
 					return
@@ -253,8 +257,8 @@ func (p *proxy) serve(client net.Conn) {
 			}
 		}
 	}
-	go pass(upstream, client)
-	pass(client, upstream)
+	go pass(upstream, client, false)
+	pass(client, upstream, true)
 }
 
 // stall holds back all bytes, both ways, until resume.
@@ -272,6 +276,19 @@ func (p *proxy) resume() {
 	default:
 		close(p.gate)
 	}
+}
+
+// holdAnswers holds back what the server sends, or no more.
+func (p *proxy) holdAnswers(mute bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.mute = mute
+}
+
+func (p *proxy) muted() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.mute
 }
 
 // cut closes all connections. What was held back is lost.
