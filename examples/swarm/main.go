@@ -247,7 +247,7 @@ func demonstrate(out io.Writer) (ok bool, err error) {
 	c.check(s.agree(), "every agent knows the new pace by its watch: %s", s.Pace())
 
 	// The leader.
-	time.Sleep(time.Second)
+	time.Sleep(1200 * time.Millisecond)
 	first := s.Leader()
 	cutAt := time.Now()
 	for _, m := range s.members {
