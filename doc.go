@@ -86,6 +86,9 @@
 // last one. It blocks no writer and no other reader, and memory is bounded by
 // the number of keys that changed.
 //
+// On NATS, a state that another replaces within about a millisecond, before the
+// server has handed it on, may not be told; the one that replaced it is.
+//
 // A watch on a NATSStore outlives reconnects, server restarts and changes of
 // the leader, and then tells what it missed. When it can no longer know what it
 // missed it ends, by closing its channel, see [NATSStore]. So an agent handles a

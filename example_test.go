@@ -191,9 +191,35 @@ func ExampleStateStore_watch() {
 	// delete agents.grace
 }
 
+// An entry lives as long as the last Put says.
+func ExampleStateStore_ttl() {
+	store := state.NewMemoryStore()
+	defer store.Close()
+	changes, err := store.Watch("sessions.*")
+	if err != nil {
+		log.Fatal(err)
+	}
+
+	store.Put("sessions.1", []byte("ada"), time.Hour)
+	store.Put("sessions.1", []byte("ada"), time.Millisecond) // not an hour any more
+	for kv := range changes {
+		fmt.Println(kv.Operation, kv.Key)
+		if kv.Operation == state.OpDelete {
+			break // it has expired
+		}
+	}
+	_, err = store.Get("sessions.1")
+	fmt.Println(err)
+	// Output:
+	// put sessions.1
+	// put sessions.1
+	// delete sessions.1
+	// key not found
+}
+
 // A lock is a lease: whoever wants to keep it refreshes it, and stops when that
 // fails.
-func ExampleStateStore_lock() {
+func ExampleLock() {
 	store := state.NewMemoryStore()
 	defer store.Close()
 
@@ -371,6 +397,17 @@ func ExampleFenced() {
 	// ada writes: refused: token 1 is older than 2
 	// ada refreshes: lock expired
 	// schedule: 2 from grace
+}
+
+func ExampleValidateKey() {
+	for _, key := range []string{"config.timeout", "agents/eu-1/ada", "config..timeout", "two words"} {
+		fmt.Printf("%s: %v\n", key, state.ValidateKey(key))
+	}
+	// Output:
+	// config.timeout: <nil>
+	// agents/eu-1/ada: <nil>
+	// config..timeout: invalid key
+	// two words: invalid key
 }
 
 func ExampleMatchPattern() {
