@@ -1,0 +1,52 @@
+package proof
+
+import (
+	"flag"
+	"os"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+var (
+	long = flag.Duration("long", 0, "for how long TestLong goes on, which is skipped if it is 0")
+	each = flag.Duration("each", 20*time.Second, "for how long TestLong runs one scenario at a time")
+	only = flag.String("only", "", "the one scenario that TestLong runs")
+)
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	code := m.Run()
+	if binaryDir != "" {
+		_ = os.RemoveAll(binaryDir)
+	}
+	if code == 0 {
+		if err := goleak.Find(); err != nil {
+			os.Stderr.WriteString(err.Error() + "\n")
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+// TestLong runs one scenario after another, over and over.
+func TestLong(t *testing.T) {
+	if *long == 0 {
+		t.Skip("the long part is run with -long")
+	}
+	began := time.Now()
+	var total result
+	for round := 1; time.Since(began) < *long; round++ {
+		for _, sc := range scenarios {
+			if *only != "" && sc.name != *only {
+				continue
+			}
+			t.Run(sc.name, func(t *testing.T) { total.add(sc.run(t, *each)) })
+			t.Logf("after %v, round %d: %v", time.Since(began).Round(time.Second), round, total)
+			if time.Since(began) >= *long {
+				break
+			}
+		}
+	}
+}

@@ -1,0 +1,297 @@
+package proof
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"example.com/state"
+)
+
+// A scenario is a load on a kind of store, with what goes wrong meanwhile.
+type scenario struct {
+	name      string
+	servers   int // 0 for MemoryStore
+	processes bool
+	fault     func(context.Context, *trouble) // nil for none
+}
+
+// A trouble is what a fault works on.
+type trouble struct {
+	*cluster
+	load    *load
+	streams []string
+
+	mu      sync.Mutex // guards what follows
+	faults  int
+	windows []window
+}
+
+// count counts one fault that was injected.
+func (f *trouble) count() {
+	f.mu.Lock()
+	f.faults++
+	f.mu.Unlock()
+}
+
+// stale notes that reads may be stale from a moment on, for as long as a leader
+// that was cut off takes to notice.
+func (f *trouble) stale(from, to int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.windows = append(f.windows, window{from, to})
+}
+
+// some returns one of the streams, and the number of its leader, or that of any
+// server.
+func (f *trouble) some() (stream string, number int) {
+	stream = f.streams[rand.IntN(len(f.streams))]
+	number = rand.IntN(len(f.nodes))
+	if leader, _ := f.leader(stream); leader >= 0 && rand.IntN(3) > 0 {
+		number = leader
+	}
+	return stream, number
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
+// between returns a random duration.
+func between(from, to time.Duration) time.Duration { return from + rand.N(to-from) }
+
+// The faults. Each is over when it returns.
+
+func stepDown(ctx context.Context, f *trouble) {
+	stream, _ := f.some()
+	if _, err := f.admin.Request("$JS.API.STREAM.LEADER.STEPDOWN."+stream, nil, 2*time.Second); err == nil {
+		f.count()
+	}
+	sleep(ctx, between(200*time.Millisecond, time.Second))
+}
+
+func restart(kill bool) func(context.Context, *trouble) {
+	return func(ctx context.Context, f *trouble) {
+		_, number := f.some()
+		f.count()
+		f.load.cut.Store(true)
+		f.nodes[number].stop(kill)
+		sleep(ctx, between(200*time.Millisecond, 3*time.Second))
+		if err := f.nodes[number].start(); err != nil {
+			f.load.broke("server %d does not start: %v", number, err)
+		}
+		f.recover(ctx, f.streams...)
+	}
+}
+
+func pause(ctx context.Context, f *trouble) {
+	_, number := f.some()
+	f.count()
+	f.load.cut.Store(true)
+	from := f.load.now()
+	f.nodes[number].pause(between(300*time.Millisecond, 8*time.Second))
+	if len(f.nodes) > 1 {
+		// Whoever wakes up after a new leader was elected believes for a moment
+		// that it still is the leader.
+		f.stale(from, f.load.now()+int64(10*time.Second))
+	}
+	f.recover(ctx, f.streams...)
+}
+
+// isolateServer cuts a server off from the others but not from its clients.
+func isolateServer(change func(*proxy), from, to time.Duration) func(context.Context, *trouble) {
+	return func(ctx context.Context, f *trouble) {
+		_, number := f.some()
+		f.count()
+		f.load.cut.Store(true)
+		began := f.load.now()
+		f.isolate(number, change)
+		sleep(ctx, between(from, to))
+		f.isolate(number, (*proxy).heal)
+		f.stale(began, f.load.now()+int64(10*time.Second))
+		f.recover(ctx, f.streams...)
+	}
+}
+
+// stallRoutes holds up all that the servers say to each other.
+func stallRoutes(ctx context.Context, f *trouble) {
+	f.count()
+	f.load.cut.Store(true)
+	began := f.load.now()
+	for _, p := range f.routes {
+		p.freeze()
+	}
+	sleep(ctx, between(100*time.Millisecond, 6*time.Second))
+	for _, p := range f.routes {
+		p.heal()
+	}
+	f.stale(began, f.load.now()+int64(10*time.Second))
+	f.recover(ctx, f.streams...)
+}
+
+// cutClients cuts some clients off from all servers.
+func cutClients(change func(*proxy)) func(context.Context, *trouble) {
+	return func(ctx context.Context, f *trouble) {
+		f.count()
+		f.load.cut.Store(true)
+		f.cluster.mu.Lock()
+		var links [][]*proxy
+		for _, cl := range f.clients {
+			if rand.IntN(2) == 0 {
+				links = append(links, cl.links)
+			}
+		}
+		f.cluster.mu.Unlock()
+		for _, l := range links {
+			for _, p := range l {
+				change(p)
+			}
+		}
+		sleep(ctx, between(50*time.Millisecond, 5*time.Second))
+		for _, l := range links {
+			for _, p := range l {
+				p.heal()
+			}
+		}
+	}
+}
+
+// anything is one fault after another, of all kinds.
+func anything(faults ...func(context.Context, *trouble)) func(context.Context, *trouble) {
+	return func(ctx context.Context, f *trouble) { faults[rand.IntN(len(faults))](ctx, f) }
+}
+
+// A result is what came of a scenario.
+type result struct {
+	ops, refused, unknown int
+	histories, undecided  int
+	cycles, ttls, events  int64
+	skipped               int
+	faults                int
+	stale                 []staleRead
+	broken                []string
+}
+
+func (r *result) add(x result) {
+	r.ops += x.ops
+	r.refused += x.refused
+	r.unknown += x.unknown
+	r.histories += x.histories
+	r.undecided += x.undecided
+	r.cycles += x.cycles
+	r.ttls += x.ttls
+	r.events += x.events
+	r.skipped += x.skipped
+	r.faults += x.faults
+	r.stale = append(r.stale, x.stale...)
+	r.broken = append(r.broken, x.broken...)
+}
+
+func (r result) String() string {
+	var latest time.Duration
+	for _, s := range r.stale {
+		latest = max(latest, s.after)
+	}
+	text := fmt.Sprintf("%d operations (%d failed cleanly, %d of unknown outcome), %d histories checked (%d undecided), %d lock cycles, %d expiries, %d events (%d values replaced before they were told), %d faults, %d broken rules",
+		r.ops, r.refused, r.unknown, r.histories, r.undecided, r.cycles, r.ttls, r.events, r.skipped, r.faults, len(r.broken))
+	if len(r.stale) > 0 {
+		text += fmt.Sprintf(", %d stale reads through a leader cut off, the last %.1f s after the cut", len(r.stale), latest.Seconds())
+	}
+	return text
+}
+
+// run runs a scenario for a while.
+func (sc scenario) run(t *testing.T, d time.Duration) (r result) {
+	t.Helper()
+	var l *load
+	var f *trouble
+	if sc.servers == 0 {
+		s := state.NewMemoryStore()
+		defer s.Close()
+		l = newLoad(func() (state.StateStore, error) { return shared{s}, nil })
+		l.lossless = true
+		l.pace = 100 * time.Microsecond
+		l.epoch = 100 * time.Millisecond
+	} else {
+		c := startCluster(t, sc.servers, sc.processes)
+		l = newLoad(func() (state.StateStore, error) { return c.open("proof") })
+		f = &trouble{cluster: c, load: l, streams: []string{"KV_proof", "KV_proof-locks"}}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var wg sync.WaitGroup
+	err := l.run(ctx, func() {
+		time.AfterFunc(d, cancel)
+		if sc.fault == nil {
+			return
+		}
+		wg.Go(func() {
+			sleep(ctx, time.Second)
+			for ctx.Err() == nil {
+				sc.fault(ctx, f)
+				sleep(ctx, between(300*time.Millisecond, 2*time.Second))
+			}
+		})
+	})
+	wg.Wait()
+	if err != nil {
+		t.Errorf("%s: %v", sc.name, err)
+	}
+	var windows []window
+	if f != nil {
+		windows, r.faults = f.windows, f.faults
+	}
+	v := l.check(windows, 20*time.Second)
+	r.histories, r.undecided, r.stale = v.histories, v.undecided, v.stale
+	r.broken = append(l.broken, v.faults...)
+	r.skipped = l.skipped
+	r.ops, r.refused, r.unknown = l.done, l.refused, l.unknown
+	r.cycles, r.ttls, r.events = l.lockCycles.Load(), l.ttlChecks.Load(), l.events.Load()
+	t.Logf("%s: %v", sc.name, r)
+	for _, s := range r.stale {
+		t.Logf("%s: stale, %.3f s after the cut: %s", sc.name, s.after.Seconds(), s.text)
+	}
+	if len(r.broken) > 0 {
+		t.Errorf("%s:\n%s", sc.name, strings.Join(r.broken, "\n"))
+	}
+	return r
+}
+
+// shared is a MemoryStore that several clients share: only the last Close is
+// meant.
+type shared struct{ *state.MemoryStore }
+
+func (shared) Close() error { return nil }
+
+var scenarios = []scenario{
+	{name: "memory"},
+	{name: "one-server", servers: 1},
+	{name: "one-server-restarts", servers: 1, fault: restart(false)},
+	{name: "one-server-kills", servers: 1, processes: true, fault: restart(true)},
+	{name: "one-server-pauses", servers: 1, processes: true, fault: pause},
+	{name: "one-server-clients-frozen", servers: 1, fault: cutClients((*proxy).freeze)},
+	{name: "one-server-clients-cut", servers: 1, fault: cutClients((*proxy).sever)},
+	{name: "three-servers", servers: 3},
+	{name: "three-servers-step-downs", servers: 3, fault: stepDown},
+	{name: "three-servers-restarts", servers: 3, fault: restart(false)},
+	{name: "three-servers-kills", servers: 3, processes: true, fault: restart(true)},
+	{name: "three-servers-pauses", servers: 3, processes: true, fault: pause},
+	{name: "three-servers-isolated-silently", servers: 3, fault: isolateServer((*proxy).freeze, time.Second, 14*time.Second)},
+	{name: "three-servers-isolated-cut", servers: 3, fault: isolateServer((*proxy).sever, time.Second, 14*time.Second)},
+	{name: "three-servers-routes-stalled", servers: 3, fault: stallRoutes},
+	{name: "three-servers-clients-frozen", servers: 3, fault: cutClients((*proxy).freeze)},
+	{name: "three-servers-anything", servers: 3, processes: true, fault: anything(
+		stepDown, restart(false), restart(true), pause, stallRoutes,
+		isolateServer((*proxy).freeze, time.Second, 10*time.Second), isolateServer((*proxy).sever, time.Second, 10*time.Second),
+		cutClients((*proxy).freeze), cutClients((*proxy).sever),
+	)},
+}
