@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -94,11 +95,11 @@ type NATSStore struct {
 
 	maxCut time.Duration // for how long a watch may be cut off
 
-	life     context.Context // until Close
-	end      context.CancelFunc
-	active   sync.WaitGroup
-	watchers watchers
-	locks    lockBucket
+	life    context.Context // until Close
+	end     context.CancelFunc
+	active  sync.WaitGroup
+	watches atomic.Int64 // how many are running
+	locks   lockBucket
 
 	mu     sync.Mutex // guards closed: nothing is added to active afterwards
 	closed bool
@@ -118,7 +119,7 @@ func NewNATSStore(cfg NATSStoreConfig) (*NATSStore, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("state: %w", err)
 	}
-	data := newBucket(cfg.Conn, cfg.Bucket)
+	data := newBucket(newLink(cfg.Conn), cfg.Bucket)
 	if err := data.open(newCall(context.Background()), cfg.want()); err != nil {
 		return nil, fmt.Errorf("state: bucket %q: %w", cfg.Bucket, err)
 	}
@@ -133,6 +134,8 @@ func NewNATSStore(cfg NATSStoreConfig) (*NATSStore, error) {
 	if cfg.MaxValueSize > 0 {
 		s.maxValue = min(s.maxValue, int(cfg.MaxValueSize))
 	}
+	status := s.nc.StatusChanged(nats.CONNECTED, nats.CLOSED)
+	s.active.Go(func() { data.follow(status, s.life.Done()) })
 	return s, nil
 }
 

@@ -93,9 +93,78 @@ func (c *call) retry() bool {
 	return time.Now().Before(c.end)
 }
 
+// A link is a connection and its epochs. An epoch ends when the connection is
+// back after a break: what was asked before may never be answered.
+type link struct {
+	nc    *nats.Conn
+	epoch atomic.Pointer[epoch]
+}
+
+type epoch struct {
+	ctx context.Context // done when the epoch is over
+	end context.CancelFunc
+
+	current atomic.Pointer[window]
+}
+
+// A window is a context that the requests of a short while share: one for each
+// of them would be a third of what a request allocates.
+type window struct {
+	ctx    context.Context
+	cancel context.CancelFunc
+	until  time.Time
+}
+
+// windowLength is by how much a request may wait longer than answerTime.
+const windowLength = answerTime / 4
+
+// window returns a context that is done when answerTime has passed, or a little
+// later, and when the epoch is over.
+func (e *epoch) window() context.Context {
+	now := time.Now()
+	if w := e.current.Load(); w != nil && now.Before(w.until) {
+		return w.ctx
+	}
+	w := &window{until: now.Add(windowLength)}
+	w.ctx, w.cancel = context.WithTimeout(e.ctx, answerTime+windowLength)
+	e.current.Store(w) // the one before ends by itself
+	return w.ctx
+}
+
+func newLink(nc *nats.Conn) *link {
+	l := &link{nc: nc}
+	l.next()
+	return l
+}
+
+// next begins the next epoch.
+func (l *link) next() {
+	e := new(epoch)
+	e.ctx, e.end = context.WithCancel(context.Background())
+	if last := l.epoch.Swap(e); last != nil {
+		last.end()
+	}
+}
+
+// follow keeps the epochs until quit.
+func (l *link) follow(status chan nats.Status, quit <-chan struct{}) {
+	defer l.nc.RemoveStatusListener(status)
+	for {
+		select {
+		case _, open := <-status:
+			l.next()
+			if !open {
+				return
+			}
+		case <-quit:
+			return
+		}
+	}
+}
+
 // A bucket is a JetStream key-value bucket, with what this client knows of it.
 type bucket struct {
-	nc     *nats.Conn
+	*link
 	name   string
 	stream string // the stream that holds it
 	prefix string // what a key is preceded by to make a subject
@@ -141,9 +210,9 @@ type streamInfo struct {
 	setup bucketSetup // from Config
 }
 
-func newBucket(nc *nats.Conn, name string) *bucket {
+func newBucket(l *link, name string) *bucket {
 	return &bucket{
-		nc:     nc,
+		link:   l,
 		name:   name,
 		stream: "KV_" + name,
 		prefix: "$KV." + name + ".",
@@ -171,18 +240,20 @@ func (b *bucket) ask(c *call, msg *nats.Msg) (*nats.Msg, error) {
 }
 
 func (b *bucket) request(ctx context.Context, msg *nats.Msg, timeout time.Duration) (*nats.Msg, error) {
-	if ctx.Done() == nil {
-		// The connection's timers are pooled; a context's would cost a third of
-		// a request's allocations.
-		answer, err := b.nc.RequestMsg(msg, timeout)
-		if err == nats.ErrTimeout {
-			err = context.DeadlineExceeded
-		}
-		return answer, err
+	epoch := b.epoch.Load()
+	if ctx.Done() == nil && timeout == answerTime {
+		ctx = epoch.window()
+	} else {
+		limited, cancel := context.WithTimeout(epoch.ctx, timeout)
+		defer cancel()
+		defer context.AfterFunc(ctx, cancel)()
+		ctx = limited
 	}
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	return b.nc.RequestMsgWithContext(ctx, msg)
+	answer, err := b.nc.RequestMsgWithContext(ctx, msg)
+	if err != nil && err == ctx.Err() && epoch.ctx.Err() != nil {
+		err = nats.ErrDisconnected
+	}
+	return answer, err
 }
 
 // explain adds to a request that got no answer that it was refused for lack of

@@ -219,6 +219,7 @@ func (b *bucket) listOnce(ctx context.Context, p pattern) (all []listed, err err
 	}
 	all = make([]listed, 0, r.info.Pending)
 
+	epoch := b.epoch.Load().ctx
 	timer := time.NewTimer(patience)
 	defer timer.Stop()
 	req := pullRequest{Batch: listBatch, NoWait: true}
@@ -234,6 +235,8 @@ func (b *bucket) listOnce(ctx context.Context, p pattern) (all []listed, err err
 			case msg = <-r.msgs:
 			case <-timer.C:
 				return nil, b.explain(context.DeadlineExceeded, "$JS.API.CONSUMER.MSG.NEXT."+b.stream)
+			case <-epoch.Done():
+				return nil, fmt.Errorf("%w: %w", errStartOver, nats.ErrDisconnected)
 			case <-ctx.Done():
 				return nil, ctx.Err()
 			}

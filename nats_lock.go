@@ -37,7 +37,7 @@ func (l *lockBucket) open(c *call, data *bucket) (*bucket, error) {
 		return l.bucket, nil
 	}
 	setup := data.setup.Load()
-	b := newBucket(data.nc, data.name+locksSuffix)
+	b := newBucket(data.link, data.name+locksSuffix)
 	if err := b.open(c, bucketWant{replicas: setup.Replicas, storage: setup.Storage}); err != nil {
 		return nil, fmt.Errorf("bucket %q: %w", b.name, err)
 	}

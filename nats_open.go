@@ -13,6 +13,10 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
+// maxConsumers is how many consumers a new bucket may have: one for each watch,
+// of all clients. Where a bucket does not say, servers allow 1000.
+const maxConsumers = 100_000
+
 // A bucketWant is what is wanted of a bucket. What is zero is not applied to an
 // existing one.
 type bucketWant struct {
@@ -94,7 +98,7 @@ func (b *bucket) create(c *call, want bucketWant) (*streamInfo, error) {
 		AllowRollup:       true,
 		AllowDirect:       true,
 		AllowMsgTTL:       true,
-		MaxConsumers:      -1,
+		MaxConsumers:      maxConsumers,
 		MaxMsgs:           -1,
 		MaxBytes:          -1,
 		Duplicates:        2 * time.Minute,

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strconv"
-	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -25,65 +24,6 @@ const (
 	goneFor = time.Second
 )
 
-// watchers are a store's running watches, and the one goroutine that tells them
-// when the connection is back. It runs from the first watch on.
-type watchers struct {
-	mu      sync.Mutex // guards what follows
-	kicks   map[chan struct{}]struct{}
-	started bool
-}
-
-// add returns a channel of one slot that is filled when the connection is back.
-func (w *watchers) add(s *NATSStore) chan struct{} {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if !w.started {
-		w.started = true
-		w.kicks = make(map[chan struct{}]struct{})
-		status := s.nc.StatusChanged(nats.CONNECTED, nats.CLOSED)
-		s.active.Go(func() {
-			defer s.nc.RemoveStatusListener(status)
-			for {
-				select {
-				case _, open := <-status:
-					w.kick()
-					if !open {
-						return
-					}
-				case <-s.life.Done():
-					return
-				}
-			}
-		})
-	}
-	kick := make(chan struct{}, 1)
-	w.kicks[kick] = struct{}{}
-	return kick
-}
-
-func (w *watchers) kick() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for kick := range w.kicks {
-		select {
-		case kick <- struct{}{}:
-		default:
-		}
-	}
-}
-
-func (w *watchers) remove(kick chan struct{}) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	delete(w.kicks, kick)
-}
-
-func (w *watchers) len() int {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return len(w.kicks)
-}
-
 // A natsWatch is one watch. One goroutine, that of run, owns it: it reads what
 // the consumer delivers, keeps track of the keys that exist, and pushes events
 // to the outbox, whose goroutine hands them to the reader.
@@ -92,14 +32,14 @@ type natsWatch struct {
 	b       *bucket
 	pattern pattern
 	box     *outbox
-	kick    chan struct{}
 
-	source  *consumer // nil while it is cut off
-	asked   int       // messages that the server may still send
-	heard   time.Time // when something came last
-	heardAt moment    // the same by the server's clock, which no pause of ours stops
-	cursor  uint64    // the last sequence that was dealt with
-	created time.Time // the stream's, which tells it from another of its name
+	source  *consumer       // nil while it is cut off
+	epoch   context.Context // done when the connection has been broken since
+	asked   int             // messages that the server may still send
+	heard   time.Time       // when something came last
+	heardAt moment          // the same by the server's clock, which no pause of ours stops
+	cursor  uint64          // the last sequence that was dealt with
+	created time.Time       // the stream's, which tells it from another of its name
 
 	// alive are the matching keys that exist for all that was told, and when
 	// they end. What ends is on the agenda.
@@ -146,7 +86,6 @@ func (s *NATSStore) WatchContext(ctx context.Context, pattern string) (<-chan *K
 		w.detach()
 		return nil, ErrClosed
 	}
-	w.kick = s.watchers.add(s)
 	ctx, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(s.life, cancel)
 	s.active.Go(func() {
@@ -155,7 +94,8 @@ func (s *NATSStore) WatchContext(ctx context.Context, pattern string) (<-chan *K
 		w.box.deliver(ctx.Done(), s.life.Done())
 	})
 	s.active.Go(func() {
-		defer s.watchers.remove(w.kick)
+		s.watches.Add(1)
+		defer s.watches.Add(-1)
 		w.run(ctx)
 	})
 	return w.box.reader, nil
@@ -170,6 +110,7 @@ var (
 // attach connects the watch to the stream: the first time from now on, else
 // from where it was.
 func (w *natsWatch) attach(ctx context.Context) error {
+	w.epoch = w.b.epoch.Load().ctx
 	info, err := w.b.info(newCall(ctx))
 	if err != nil {
 		return err
@@ -306,9 +247,9 @@ func (w *natsWatch) run(ctx context.Context) {
 			if time.Since(w.heard) > maxSilence {
 				err = errors.New("no heartbeat")
 			}
-		case <-w.kick:
+		case <-w.epoch.Done():
 			err = nats.ErrDisconnected
-			if n := w.s.watchers.len(); n > 10 {
+			if n := w.s.watches.Load(); n > 10 { // they all come back now
 				w.sleep(ctx, rand.N(time.Duration(n)*time.Millisecond))
 			}
 		}
@@ -358,14 +299,10 @@ func (w *natsWatch) reattach(ctx context.Context) bool {
 		if time.Since(w.heard) > w.maxCut() {
 			return false
 		}
-		timer := time.NewTimer(pause/2 + rand.N(pause))
-		select {
-		case <-timer.C:
-		case <-w.kick:
+		if w.epoch.Err() != nil {
 			pause = 20 * time.Millisecond
-		case <-ctx.Done():
 		}
-		timer.Stop()
+		w.sleep(ctx, pause/2+rand.N(pause))
 	}
 }
 

@@ -1,0 +1,426 @@
+package state
+
+import (
+	"context"
+	"fmt"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// A recorder reads a watch to its end and holds what is told to the promises.
+type recorder struct {
+	t      *testing.T
+	mu     sync.Mutex
+	events []*KeyValue
+	last   map[string]*KeyValue
+	ended  chan struct{}
+}
+
+func recordEvents(t *testing.T, events <-chan *KeyValue) *recorder {
+	r := &recorder{t: t, last: map[string]*KeyValue{}, ended: make(chan struct{})}
+	go func() {
+		defer close(r.ended)
+		for kv := range events {
+			r.add(kv)
+		}
+	}()
+	return r
+}
+
+func (r *recorder) add(kv *KeyValue) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	last := r.last[kv.Key]
+	switch {
+	case last == nil:
+	case kv.Revision < last.Revision,
+		kv.Revision == last.Revision && (last.Operation == OpDelete || kv.Operation == OpPut):
+		r.t.Errorf("%s at revision %d came after %s at revision %d", brief(kv), kv.Revision, brief(last), last.Revision)
+	case kv.Operation == OpDelete && last.Operation == OpDelete:
+		r.t.Errorf("%s was told twice, at revisions %d and %d", brief(kv), last.Revision, kv.Revision)
+	case kv.Operation == OpPut && last.Operation == OpDelete && kv.Revision > last.Revision && kv.Modified.Before(last.Modified):
+		r.t.Errorf("%s was told as gone at %v, but was written in time, at %v", kv.Key, last.Modified, kv.Modified)
+	}
+	r.last[kv.Key] = kv
+	r.events = append(r.events, kv)
+}
+
+func (r *recorder) count() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.events)
+}
+
+// state returns what somebody would believe who saw nothing but the events.
+func (r *recorder) state() map[string]string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	state := map[string]string{}
+	for key, kv := range r.last {
+		if kv.Operation == OpPut {
+			state[key] = string(kv.Value)
+		}
+	}
+	return state
+}
+
+// agrees waits until the recorder believes what the store has.
+func (r *recorder) agrees(s StateStore, pattern string) {
+	r.t.Helper()
+	var want, got map[string]string
+	for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		want = map[string]string{}
+		keys, err := s.Keys(pattern)
+		require.NoError(r.t, err)
+		for _, key := range keys {
+			value, err := s.Get(key)
+			if err != ErrNotFound { //nolint:errorlint // bare
+				require.NoError(r.t, err)
+				want[key] = string(value)
+			}
+		}
+		if got = r.state(); assert.ObjectsAreEqual(want, got) {
+			return
+		}
+	}
+	require.Equal(r.t, want, got)
+}
+
+// TestWatchOutlivesRestart: the watch is back within a second of the server's
+// return, and tells what happened meanwhile.
+func TestWatchOutlivesRestart(t *testing.T) {
+	srv := startRestartable(t)
+	// A client that reconnects to a server that is going down waits for its
+	// greeting, by default for two seconds.
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL(), nats.Timeout(200*time.Millisecond)), Bucket: "b"})
+	require.NoError(t, s.Put("k.expires", nil, time.Second))
+	require.NoError(t, s.Put("k.stays", []byte("v"), 0))
+	r := recordEvents(t, mustWatch(t, s, "k.*"))
+	require.NoError(t, s.Put("k.1", []byte("before"), 0))
+	require.NoError(t, s.Put("k.stays", []byte("told"), 0))
+	for restart := range 3 {
+		stopServer(srv.Server)
+		time.Sleep(600 * time.Millisecond)
+		srv.start(t)
+		up := time.Now()
+		other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+		require.NoError(t, other.Put("k.1", fmt.Append(nil, restart), 0))
+		before := r.count()
+		require.NoError(t, other.Put("k.new", fmt.Append(nil, restart), 0))
+		eventually(t, func() bool { return r.count() > before }, "event")
+		t.Logf("the first event came %v after the server was up", time.Since(up))
+		assert.Less(t, time.Since(up), time.Second)
+		require.NoError(t, other.Delete("k.new"))
+		r.agrees(other, "k.*")
+	}
+	_, err := s.Get("k.expires")
+	refuses(t, ErrNotFound, err)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	assert.Equal(t, "delete k.expires", brief(r.last["k.expires"]))
+}
+
+// TestWatchOutlivesCuts: while the watch's connection is cut or stalled others
+// write, delete, and let expire; afterwards it tells how things stand.
+func TestWatchOutlivesCuts(t *testing.T) {
+	srv := startServer(t, nil)
+	s, p := viaProxy(t, srv.ClientURL(), "b", 1)
+	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	for i := range 20 {
+		require.NoError(t, other.Put(fmt.Sprintf("k.old.%d", i), []byte("old"), 0))
+	}
+	r := recordEvents(t, mustWatch(t, s, "k.*"))
+	for i := range 20 {
+		require.NoError(t, other.Put(fmt.Sprintf("k.old.%d", i), []byte("told"), 0))
+	}
+	for round := range 4 {
+		if round%2 == 0 {
+			p.refuse(true)
+			p.cut()
+		} else {
+			p.stall()
+		}
+		for i := range 5 {
+			n := 5*round + i
+			require.NoError(t, other.Put(fmt.Sprintf("k.%d.%d", round, i), []byte("new"), 0))
+			require.NoError(t, other.Put(fmt.Sprintf("k.brief.%d", n), []byte("x"), 100*time.Millisecond))
+			switch i {
+			case 0:
+				require.NoError(t, other.Delete(fmt.Sprintf("k.old.%d", n)))
+			case 1: // a value gives way to one that expires within the cut
+				require.NoError(t, other.Put(fmt.Sprintf("k.old.%d", n), []byte("short"), 100*time.Millisecond))
+			case 2: // the same by somebody who leaves nothing behind, which only a cut shows
+				if round%2 != 0 {
+					continue
+				}
+				_, err := other.nc.Request("$JS.API.STREAM.PURGE.KV_b", fmt.Appendf(nil, `{"filter":"$KV.b.k.old.%d"}`, n), time.Second)
+				require.NoError(t, err)
+			case 3:
+				require.NoError(t, other.Put(fmt.Sprintf("k.old.%d", n), []byte("again"), 0))
+			}
+		}
+		time.Sleep(1500 * time.Millisecond)
+		p.refuse(false)
+		p.resume()
+		if round == 3 {
+			p.cut() // what was stalled is lost
+		}
+		r.agrees(other, "k.*")
+	}
+	assert.Contains(t, []string{"told", ""}, r.state()["k.old.19"])
+}
+
+// TestWatchOnReplicas: step-downs, and the death of the server that hosts the
+// watch's consumer. Nothing is lost, nothing doubled.
+func TestWatchOnReplicas(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster and its elections")
+	}
+	c := startCluster(t)
+	urls := func(first int) string {
+		var all []string
+		for i := range 3 {
+			all = append(all, c.servers[(first+i)%3].ClientURL())
+		}
+		return strings.Join(all, ",")
+	}
+	watcher := openStore(t, NATSStoreConfig{Conn: connect(t, urls(0), nats.DontRandomize()), Bucket: "b", Replicas: 3})
+	writer := openStore(t, NATSStoreConfig{Conn: connect(t, urls(1), nats.DontRandomize()), Bucket: "b"})
+	var all []*recorder
+	for range 3 { // their consumers are on different servers
+		all = append(all, recordEvents(t, mustWatch(t, watcher, "k.*")))
+	}
+	var stop atomic.Bool
+	var acked sync.Map
+	var wg sync.WaitGroup
+	for w := range 3 {
+		wg.Go(func() {
+			for i := 0; !stop.Load(); i++ {
+				key := fmt.Sprintf("k.%d.%d", w, i)
+				if err := writer.Put(key, []byte("v"), 0); err == nil {
+					acked.Store(key, true)
+				}
+				if i%3 == 0 {
+					_ = writer.Delete(fmt.Sprintf("k.%d.%d", w, i/2))
+				}
+				_ = writer.Put(fmt.Sprintf("k.beat.%d", w), nil, 300*time.Millisecond)
+				time.Sleep(5 * time.Millisecond)
+			}
+		})
+	}
+	for range 3 {
+		time.Sleep(400 * time.Millisecond)
+		c.stepDown(t, watcher.nc, "b")
+	}
+	time.Sleep(300 * time.Millisecond)
+	for i := 2; i > 0; i-- { // not the one that the watcher is connected to
+		stopServer(c.servers[i])
+		time.Sleep(3 * time.Second)
+		c.restart(t, i)
+		c.settle(t)
+	}
+	stop.Store(true)
+	wg.Wait()
+	time.Sleep(500 * time.Millisecond) // the heartbeats expire
+	for _, r := range all {
+		r.agrees(watcher, "k.*")
+		r.mu.Lock()
+		missing := 0
+		acked.Range(func(key, _ any) bool {
+			if r.last[key.(string)] == nil {
+				missing++
+			}
+			return true
+		})
+		assert.Zero(t, missing, "acknowledged writes that were never told")
+		r.mu.Unlock()
+	}
+	t.Logf("%d events", all[0].count())
+}
+
+// TestWatchRefreshedAtTheDeadline: refreshes that arrive around the deadline.
+// Either the entry was refreshed in time, and no expiry is told, or it expired
+// and is a new one.
+func TestWatchRefreshedAtTheDeadline(t *testing.T) {
+	for replicas, servers := range map[int][]*server.Server{1: {startServer(t, nil)}, 3: startCluster(t).servers} {
+		t.Run(fmt.Sprint(replicas, " replicas"), func(t *testing.T) {
+			const ttl = 50 * time.Millisecond
+			url := servers[len(servers)-1].ClientURL()
+			writer := openStore(t, NATSStoreConfig{Conn: connect(t, servers[0].ClientURL()), Bucket: "b", Replicas: replicas})
+			watcher := openStore(t, NATSStoreConfig{Conn: connect(t, url), Bucket: "b"})
+			r := recordEvents(t, mustWatch(t, watcher, "k.*"))
+			var wg sync.WaitGroup
+			for w := range 8 {
+				wg.Go(func() {
+					key := fmt.Sprintf("k.%d", w)
+					for i := range 40 {
+						began := time.Now()
+						assert.NoError(t, writer.Put(key, nil, ttl))
+						time.Sleep(time.Until(began.Add(ttl + time.Duration(i%9-5)*300*time.Microsecond)))
+					}
+				})
+			}
+			wg.Wait()
+			time.Sleep(2 * ttl)
+			r.agrees(watcher, "k.*")
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			created := map[string]time.Time{}
+			expiries := 0
+			for _, kv := range r.events {
+				if kv.Operation == OpDelete {
+					expiries++
+					delete(created, kv.Key)
+					continue
+				}
+				if before, ok := created[kv.Key]; ok {
+					assert.True(t, before.Equal(kv.Created), "a new key, though no expiry was told")
+				}
+				created[kv.Key] = kv.Created
+			}
+			t.Logf("%d events, %d of them expiries", len(r.events), expiries)
+		})
+	}
+}
+
+// TestWatchEnds: the end is told by closing the channel.
+func TestWatchEnds(t *testing.T) {
+	ctx := context.Background()
+	t.Run("bucket deleted", func(t *testing.T) {
+		t.Parallel()
+		nc := connect(t, startServer(t, nil).ClientURL())
+		s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+		events := mustWatch(t, s, "*")
+		require.NoError(t, newJetStream(t, nc).DeleteKeyValue(ctx, "b"))
+		ended(t, events)
+		_, err := s.Watch("*")
+		refuses(t, ErrWatchClosed, err)
+	})
+	t.Run("bucket made anew", func(t *testing.T) {
+		t.Parallel()
+		nc := connect(t, startServer(t, nil).ClientURL())
+		s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+		for range 10 {
+			require.NoError(t, s.Put("k", nil, 0))
+		}
+		events := mustWatch(t, s, "*")
+		require.NoError(t, newJetStream(t, nc).DeleteKeyValue(ctx, "b"))
+		again := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+		ended(t, events)
+		events = mustWatch(t, again, "*")
+		require.NoError(t, s.Put("k", []byte("in the new one"), 0), "by who knew the old one")
+		assert.Equal(t, "in the new one", string(receive(t, events).Value))
+	})
+	t.Run("connection closed", func(t *testing.T) {
+		t.Parallel()
+		nc := connect(t, startServer(t, nil).ClientURL())
+		s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+		events := mustWatch(t, s, "*")
+		nc.Close()
+		ended(t, events)
+		_, err := s.Watch("*")
+		refuses(t, ErrWatchClosed, err)
+		_, err = s.Get("k")
+		assert.ErrorIs(t, err, nats.ErrConnectionClosed)
+		err = s.Put("k", nil, 0)
+		assert.ErrorIs(t, err, nats.ErrConnectionClosed)
+		assert.NotErrorIs(t, err, ErrOutcomeUnknown, "it cannot have been applied")
+		require.NoError(t, s.Close())
+	})
+	t.Run("connection gives up", func(t *testing.T) {
+		t.Parallel()
+		srv := startServer(t, nil)
+		nc := connect(t, srv.ClientURL(), nats.MaxReconnects(3))
+		s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+		events := mustWatch(t, s, "*")
+		stopServer(srv)
+		ended(t, events)
+	})
+	t.Run("cut off for too long", func(t *testing.T) {
+		t.Parallel()
+		s, p := viaProxy(t, startServer(t, nil).ClientURL(), "b", 1)
+		s.maxCut = 500 * time.Millisecond // instead of an hour
+		events := mustWatch(t, s, "*")
+		time.Sleep(1200 * time.Millisecond) // idle is not cut off
+		tellsNext(t, s, events, "k")
+		p.refuse(true)
+		p.cut()
+		time.Sleep(time.Second)
+		p.refuse(false)
+		ended(t, events)
+	})
+	t.Run("nobody reads", func(t *testing.T) {
+		t.Parallel()
+		s := openStore(t, NATSStoreConfig{Conn: connect(t, startServer(t, nil).ClientURL()), Bucket: "b"})
+		events := mustWatch(t, s, "*")
+		for range 100 {
+			require.NoError(t, s.Put("k", nil, 0))
+		}
+		require.NoError(t, s.Close())
+		ended(t, events)
+	})
+}
+
+// TestNothingIsLeftBehind: no goroutine after Close, no consumer after a watch
+// or a listing.
+func TestNothingIsLeftBehind(t *testing.T) {
+	srv := startServer(t, nil)
+	nc := connect(t, srv.ClientURL())
+	s, err := NewNATSStore(NATSStoreConfig{Conn: nc, Bucket: "b"})
+	require.NoError(t, err)
+	require.NoError(t, s.Put("k", nil, time.Hour))
+	time.Sleep(100 * time.Millisecond)
+	before := runtime.NumGoroutine()
+
+	ctx, cancel := context.WithCancel(context.Background())
+	for i := range 30 {
+		_, err := s.WatchContext(ctx, fmt.Sprint("k.", i))
+		require.NoError(t, err)
+		mustWatch(t, s, "*")
+		_, err = s.Keys("*")
+		require.NoError(t, err)
+	}
+	for range 10 {
+		require.NoError(t, s.Put("k", nil, 0))
+	}
+	cancel()
+	count := func() int {
+		stream, err := newJetStream(t, nc).Stream(context.Background(), "KV_b")
+		require.NoError(t, err)
+		return stream.CachedInfo().State.Consumers
+	}
+	eventually(t, func() bool { return count() == 30 }, "the consumers of cancelled watches are gone")
+	require.NoError(t, s.Close())
+	eventually(t, func() bool { return count() == 0 }, "all consumers are gone")
+	eventually(t, func() bool { return runtime.NumGoroutine() <= before }, "all goroutines are gone")
+}
+
+// TestThousandWatches: a thousand watches on one store work, all of them.
+func TestThousandWatches(t *testing.T) {
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, startServer(t, nil).ClientURL()), Bucket: "b"})
+	const n = 1000
+	watches := make([]<-chan *KeyValue, n)
+	for i := range n {
+		watches[i] = mustWatch(t, s, fmt.Sprintf("k.%d.*", i))
+	}
+	wide := mustWatch(t, s, "*")
+	for i := range n {
+		require.NoError(t, s.Put(fmt.Sprintf("k.%d.x", i), fmt.Append(nil, i), 0))
+	}
+	for i := range n {
+		assert.Equal(t, fmt.Sprint(i), string(receive(t, watches[i]).Value))
+		assert.Equal(t, fmt.Sprint(i), string(receive(t, wide).Value))
+	}
+	began := time.Now()
+	require.NoError(t, s.Close())
+	assert.Less(t, time.Since(began), 10*time.Second)
+}
