@@ -173,16 +173,20 @@ func TestMemoryStoreAllocations(t *testing.T) {
 	allocations("Get with a TTL", 1, func() { _, _ = s.Get("lasting") })
 	allocations("Get of a missing key", 0, func() { _, _ = s.Get("missing") })
 	allocations("GetKeyValue", 2, func() { _, _ = s.GetKeyValue("key") })
-	allocations("Put", 1, func() { _ = s.Put("key", value, 0) })
-	allocations("Put with a TTL", 1, func() { _ = s.Put("lasting", value, time.Hour) })
+	allocations("Put", 0, func() { _ = s.Put("key", value, 0) })
+	allocations("Put with a TTL", 0, func() { _ = s.Put("lasting", value, time.Hour) })
+	large := make([]byte, 4096)
+	require.NoError(t, s.Put("large", large, 0))
+	allocations("Get of a large value", 1, func() { _, _ = s.Get("large") })
+	allocations("Put of a large value", 1, func() { _ = s.Put("large", large, 0) })
 	allocations("Delete of a missing key", 0, func() { _ = s.Delete("missing") })
 
-	// Watches of other keys cost nothing; the one of this key gets an event.
+	// Watches of other keys cost nothing.
 	for i := range 100 {
 		_, err := s.Watch(fmt.Sprintf("other.%d.*", i))
 		require.NoError(t, err)
 	}
-	allocations("Put beside watches", 1, func() { _ = s.Put("key", value, 0) })
+	allocations("Put beside watches", 0, func() { _ = s.Put("key", value, 0) })
 }
 
 // TestNATSStoreAllocations compares with what nats.go's own KV needs for the

@@ -1,87 +1,106 @@
 package state
 
 import (
+	"maps"
 	"slices"
 	"strings"
 )
 
-// names finds the keys of a MemoryStore by their beginning.
+// names finds the keys of a MemoryStore by their beginning. It is made when Keys
+// is first called with a star, and kept up from then on. If more keys come and
+// go than there were, and nobody asks, it is dropped rather than kept up in vain.
 //
-// It is made when Keys is first called with a star, and kept up from then on:
-// a new key is appended to fresh, and sorted in when enough have come together.
-// A key that went away stays listed until then. If so many keys come that
-// nobody asked for, the index is dropped rather than kept up in vain.
+// The keys are in order, cut into blocks so that to insert one moves only a few.
 type names struct {
 	made   bool
-	sorted []string
-	fresh  []string // not sorted
+	blocks [][]string // none is empty
+	asked  int        // how many keys there were when somebody asked
+	idle   int        // changes since then
 }
 
-// maxFresh is up to how many fresh names are searched one by one.
-const maxFresh = 256
+const (
+	maxBlock = 512
+	maxIdle  = 4096 // on top of the number of keys
+)
+
+// find returns the place of a key: the block, and the index in the block.
+func (n *names) find(key string) (block, i int, found bool) {
+	block, found = slices.BinarySearchFunc(n.blocks, key, func(b []string, key string) int {
+		return strings.Compare(b[0], key)
+	})
+	if found || block == 0 {
+		return block, 0, found
+	}
+	i, found = slices.BinarySearch(n.blocks[block-1], key)
+	return block - 1, i, found
+}
 
 // add lists a new key.
 func (n *names) add(key string) {
-	if !n.made {
+	if !n.keepUp() {
 		return
 	}
-	if n.fresh = append(n.fresh, key); len(n.fresh) > maxFresh+len(n.sorted) {
+	if len(n.blocks) == 0 {
+		n.blocks = [][]string{{key}}
+		return
+	}
+	at, i, _ := n.find(key)
+	block := slices.Insert(n.blocks[at], i, key)
+	if n.blocks[at] = block; len(block) > maxBlock {
+		half := len(block) / 2
+		n.blocks[at] = slices.Clone(block[:half])
+		n.blocks = slices.Insert(n.blocks, at+1, slices.Clone(block[half:]))
+	}
+}
+
+// remove takes a key off the list.
+func (n *names) remove(key string) {
+	if !n.keepUp() {
+		return
+	}
+	at, i, _ := n.find(key)
+	if n.blocks[at] = slices.Delete(n.blocks[at], i, i+1); len(n.blocks[at]) == 0 {
+		n.blocks = slices.Delete(n.blocks, at, at+1)
+	}
+}
+
+// keepUp reports whether there is an index to keep up with a change.
+func (n *names) keepUp() bool {
+	if !n.made {
+		return false
+	}
+	if n.idle++; n.idle > maxIdle+n.asked {
 		*n = names{}
 	}
+	return n.made
 }
 
-// withPrefix returns the keys among items that begin with prefix, sorted.
+// withPrefix returns the keys that begin with prefix, in order. The items have
+// all keys there are.
 func (n *names) withPrefix(prefix string, items map[string]*item) []string {
-	n.tidy(items)
-	exists := func(key string) bool { return items[key] != nil }
-
+	if !n.made {
+		n.made = true
+		n.blocks = slices.Collect(slices.Chunk(slices.Sorted(maps.Keys(items)), maxBlock))
+	}
+	n.asked, n.idle = len(items), 0
 	found := []string{}
-	first, _ := slices.BinarySearch(n.sorted, prefix)
-	for _, key := range n.sorted[first:] {
-		if !strings.HasPrefix(key, prefix) {
-			break
-		}
-		if exists(key) {
+	at, i, _ := n.find(prefix)
+	for ; at < len(n.blocks); at, i = at+1, 0 {
+		for _, key := range n.blocks[at][i:] {
+			if !strings.HasPrefix(key, prefix) {
+				return found
+			}
 			found = append(found, key)
 		}
-	}
-	known := len(found)
-	for _, key := range n.fresh {
-		if strings.HasPrefix(key, prefix) && exists(key) {
-			found = append(found, key)
-		}
-	}
-	if len(found) > known {
-		slices.Sort(found)
-		found = slices.Compact(found) // it went away and came back
 	}
 	return found
-}
-
-// tidy makes the index, or sorts in what is fresh if that is much.
-func (n *names) tidy(items map[string]*item) {
-	switch {
-	case !n.made:
-		n.made = true
-		n.sorted = make([]string, 0, len(items))
-		for key := range items {
-			n.sorted = append(n.sorted, key)
-		}
-	case len(n.fresh) > maxFresh || len(n.sorted) > 2*len(items)+maxFresh:
-		gone := func(key string) bool { return items[key] == nil }
-		n.sorted = slices.DeleteFunc(append(n.sorted, n.fresh...), gone)
-		n.fresh = nil
-	default:
-		return
-	}
-	slices.Sort(n.sorted)
-	n.sorted = slices.Compact(n.sorted)
 }
 
 // A watchIndex finds the watches that match a key, at a cost that does not grow
 // with the number of those that do not.
 type watchIndex struct {
 	len   int
+	added uint64 // how many have been added
 	exact map[string][]*outbox
 	wild  trie
 }
@@ -108,6 +127,7 @@ func (t *trie) branch(c byte) *trie {
 
 func (x *watchIndex) add(p pattern, box *outbox) {
 	x.len++
+	x.added++
 	if !p.wild {
 		if x.exact == nil {
 			x.exact = make(map[string][]*outbox)
@@ -157,10 +177,11 @@ func without(boxes []*outbox, box *outbox) []*outbox {
 	return slices.DeleteFunc(boxes, func(b *outbox) bool { return b == box })
 }
 
-// tell pushes an event to all that watch key. It is made only if somebody does.
-func (x *watchIndex) tell(key string, event func() *KeyValue) {
+// tell pushes an event to all that watch key, and reports whether somebody does.
+// The event is made only then.
+func (x *watchIndex) tell(key string, event func() *KeyValue) bool {
 	if x.len == 0 {
-		return
+		return false
 	}
 	var ev *KeyValue
 	push := func(boxes []*outbox) {
@@ -176,8 +197,9 @@ func (x *watchIndex) tell(key string, event func() *KeyValue) {
 	push(t.boxes)
 	for i := range len(key) {
 		if t = t.branch(key[i]); t == nil {
-			return
+			break
 		}
 		push(t.boxes)
 	}
+	return ev != nil
 }

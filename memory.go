@@ -25,6 +25,7 @@ const (
 // hour's TTL passes at once, and nothing is left running after Close.
 type MemoryStore struct {
 	epoch  time.Time
+	first  moment        // the epoch
 	quit   chan struct{} // closed by Close
 	active sync.WaitGroup
 
@@ -51,10 +52,30 @@ var (
 	_ ContextWatcher = (*MemoryStore)(nil)
 )
 
-// An item is a key's current entry.
+// An item is a key's current entry. Its value, if small, is replaced in place as
+// long as no event shares it.
 type item struct {
 	timed
 	entry
+	shared bool
+	quiet  uint64 // so many watches had been added when none was for this key
+}
+
+// smallValue is up to which size, in bytes, values are copied under the mutex.
+const smallValue = 512
+
+// set replaces the value, by a copy that was made before or by one made here.
+func (it *item) set(value, made []byte) {
+	switch {
+	case made != nil:
+		it.value = made
+	case !it.shared && len(value) <= cap(it.value) && cap(it.value) <= smallValue:
+		it.value = append(it.value[:0], value...)
+		return
+	default:
+		it.value = cloneBytes(value)
+	}
+	it.shared = false
 }
 
 // A memoryLock is a lock that is or was held.
@@ -66,8 +87,10 @@ type memoryLock struct {
 // NewMemoryStore returns an empty store. It costs nothing until it is used, but
 // should be closed like any other.
 func NewMemoryStore() *MemoryStore {
+	epoch := time.Now()
 	return &MemoryStore{
-		epoch:       time.Now(),
+		epoch:       epoch,
+		first:       moment(epoch.UnixNano()),
 		quit:        make(chan struct{}),
 		items:       make(map[string]*item),
 		locks:       make(map[string]*memoryLock),
@@ -77,10 +100,10 @@ func NewMemoryStore() *MemoryStore {
 
 // now returns the time by the store's clock, which never goes back.
 func (s *MemoryStore) now() moment {
-	return moment(s.epoch.UnixNano()) + moment(time.Since(s.epoch))
+	return s.first + moment(time.Since(s.epoch))
 }
 
-// get returns the entry of a key that exists.
+// get returns the entry of a key that exists, with a value of the caller's own.
 func (s *MemoryStore) get(key string) (entry, error) {
 	s.mu.RLock()
 	it := s.items[key]
@@ -96,9 +119,16 @@ func (s *MemoryStore) get(key string) (entry, error) {
 		return entry{}, ErrNotFound
 	}
 	e, deadline := it.entry, it.deadline
+	small := len(e.value) <= smallValue
+	if small {
+		e.value = cloneBytes(e.value)
+	}
 	s.mu.RUnlock()
 	if deadline != 0 && deadline.passed(s.now()) {
 		return entry{}, ErrNotFound // the timer is about to tell
+	}
+	if !small {
+		e.value = cloneBytes(e.value) // large ones are never changed
 	}
 	return e, nil
 }
@@ -106,10 +136,7 @@ func (s *MemoryStore) get(key string) (entry, error) {
 // Get implements [StateStore].
 func (s *MemoryStore) Get(key string) ([]byte, error) {
 	e, err := s.get(key)
-	if err != nil {
-		return nil, err
-	}
-	return cloneBytes(e.value), nil
+	return e.value, err
 }
 
 // GetKeyValue implements [StateStore].
@@ -118,7 +145,7 @@ func (s *MemoryStore) GetKeyValue(key string) (*KeyValue, error) {
 	if err != nil {
 		return nil, err
 	}
-	return e.keyValue(key), nil
+	return e.event(key), nil
 }
 
 // Put implements [StateStore].
@@ -135,8 +162,9 @@ func (s *MemoryStore) Update(key string, value []byte, ttl time.Duration, revisi
 // put writes an entry, if expected is not nil only on top of that revision.
 func (s *MemoryStore) put(key string, value []byte, ttl time.Duration, expected *uint64) (uint64, error) {
 	const limit = defaultMaxValue - headerRoom
-	if len(value) <= limit {
-		value = cloneBytes(value)
+	var made []byte
+	if len(value) > smallValue && len(value) <= limit {
+		made = cloneBytes(value)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -163,13 +191,22 @@ func (s *MemoryStore) put(key string, value []byte, ttl time.Duration, expected 
 		s.names.add(key)
 	}
 	s.revision++
-	it.value, it.revision, it.modified = value, s.revision, now
+	it.set(value, made)
+	it.revision, it.modified = s.revision, now
 	if deadline := now.deadline(ttl); deadline != it.deadline {
 		s.expiries.set(&it.timed, deadline)
 		s.schedule(now)
 	}
-	s.watches.tell(key, func() *KeyValue { return it.event(key) })
+	if it.quiet != s.watches.added && !s.watches.tell(key, it.share) {
+		it.quiet = s.watches.added
+	}
 	return s.revision, nil
+}
+
+// share returns the entry as an event.
+func (it *item) share() *KeyValue {
+	it.shared = true
+	return it.event(it.key)
 }
 
 // Delete implements [StateStore].
@@ -197,6 +234,7 @@ func (s *MemoryStore) Delete(key string) error {
 // remove makes a key disappear, and tells. The caller holds mu.
 func (s *MemoryStore) remove(it *item, revision uint64, at moment) {
 	delete(s.items, it.key)
+	s.names.remove(it.key)
 	s.watches.tell(it.key, func() *KeyValue { return deletion(it.key, revision, at) })
 }
 
