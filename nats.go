@@ -63,12 +63,15 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 //     replicated bucket the server can then lose a write that is under way at
 //     the moment when it removes the key's old value. The store keeps out of
 //     the way: it has the server remove its values ten minutes after they have
-//     expired, and waits a second rather than write at that moment.
+//     expired, and a write that would be under way at such a moment waits for
+//     the server, for two seconds at most.
 //
-// On several replicas every read is answered by the stream's leader. For a
-// second or two of a network partition a leader that was cut off still answers
-// as if it were one; what must not be wrong is decided by a Lock or an Update,
-// which are always agreed on by a majority.
+// On several replicas every read is answered by the stream's leader. A leader
+// that a network partition has cut off from the others goes on answering as one
+// until it notices, which takes up to 20 seconds; to who is on its side of the
+// partition, writes made on the other side are invisible for that long. What
+// must not be wrong is decided by a Lock or an Update, which are always agreed
+// on by a majority.
 //
 // An acknowledgement means that a majority of the replicas has the change. When
 // they write it to the disk for good is the servers' sync_interval.

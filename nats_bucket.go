@@ -511,6 +511,8 @@ func ackedSeq(ack []byte) (seq uint64, ok bool) {
 // what the message will be, as far as that is known before.
 type decision func(last *record, w entryWriter) (*nats.Msg, record, error)
 
+var errLeaving = errors.New("the server is about to remove the key's last value, and has not")
+
 // certain returns r, unless its deadline is only guessed, and that matters now.
 func (b *bucket) certain(r *record) *record {
 	if r == nil || !r.guessed || r.deadline == 0 {
@@ -543,6 +545,7 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 		op:      do.op,
 		history: setup.PerKey != 1,
 		rollup:  setup.rollup(),
+		markers: setup.MarkerTTL > 0,
 	}
 	var (
 		last    = b.certain(do.last)
@@ -575,6 +578,15 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 				doubt = nil
 			}
 			last = &found
+		}
+		if w.markers && last.leaving(b.clock.now()) {
+			// The marker that the server puts in its place would remove what is
+			// written meanwhile, too.
+			if time.Sleep(100 * time.Millisecond); time.Now().After(c.end) {
+				return fail(errLeaving)
+			}
+			last = nil
+			continue
 		}
 		w.doubtful = doubt != nil
 		msg, next, err := do.decide(last, w)

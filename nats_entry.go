@@ -2,6 +2,7 @@ package state
 
 import (
 	"encoding/json"
+	"math"
 	"strconv"
 	"strings"
 	"time"
@@ -52,6 +53,7 @@ const (
 type record struct {
 	entry
 	deadline moment // none for 0
+	removal  moment // when the server removes it; none for 0
 	deleted  bool   // it is a marker
 	expiry   bool   // and the server wrote it, in place of what expired
 	op       string
@@ -64,6 +66,13 @@ type record struct {
 // exists reports whether the key exists at now.
 func (r *record) exists(now moment) bool {
 	return r.revision != 0 && !r.deleted && !r.deadline.passed(now)
+}
+
+// leaving reports whether the server is about to remove the record, or should
+// have done so a moment ago.
+func (r *record) leaving(now moment) bool {
+	const early, late = moment(250 * time.Millisecond), moment(2 * time.Second)
+	return r.removal != 0 && now > r.removal-early && now < r.removal+late
 }
 
 // decode makes a record of a message that may be anybody's. Headers that make
@@ -85,12 +94,18 @@ func decode(hdr nats.Header, data []byte, seq uint64, written moment, maxAge tim
 	}
 
 	ttl, never := decodeTTL(hdr.Get(headerTTL))
+	r.removal = written.deadline(ttl)
 	if exact, err := strconv.ParseInt(hdr.Get(headerExact), 10, 64); err == nil && exact > 0 {
 		ttl = time.Duration(exact)
 	}
 	r.deadline = written.deadline(ttl)
-	if end := written.deadline(maxAge); !never && r.deadline.outlives(end) {
-		r.deadline = end
+	if end := written.deadline(maxAge); !never {
+		if r.deadline.outlives(end) {
+			r.deadline = end
+		}
+		if r.removal.outlives(end) {
+			r.removal = end
+		}
 	}
 
 	since, before, _ := strings.Cut(hdr.Get(headerCreated), " ")
@@ -126,6 +141,7 @@ type entryWriter struct {
 	op      string
 	history bool // older revisions must go, or they come back when this one does
 	rollup  bool // the bucket lets them go
+	markers bool // the server puts a marker in place of what it removes
 
 	doubtful bool // an earlier attempt may have been stored
 }
@@ -151,8 +167,12 @@ func (w entryWriter) value(last *record, value []byte, ttl time.Duration, now mo
 		if last.revision != 0 && !last.deleted && last.deadline.outlives(next.deadline) {
 			broom = max(broom, coverLife)
 		}
+		if w.markers {
+			broom += min(coverLife, math.MaxInt64-broom)
+		}
 		if broom <= maxBroom {
 			broom = (broom + time.Second - 1).Truncate(time.Second)
+			next.removal = now.deadline(broom)
 			hdr.set(headerTTL, strconv.FormatInt(int64(broom/time.Second), 10))
 		}
 		if broom != ttl {

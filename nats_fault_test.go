@@ -501,6 +501,50 @@ func TestReplacedAroundExpiry(t *testing.T) {
 	assert.Zero(t, lost, "of %d writes", rounds*keys)
 }
 
+// TestReplacedBesideMarkers: the same on a bucket that has delete markers, whose
+// values are somebody else's, with TTLs that the server ends with a marker.
+func TestReplacedBesideMarkers(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster")
+	}
+	c := startCluster(t)
+	ctx := context.Background()
+	kv, err := newJetStream(t, connect(t, c.servers[0].ClientURL())).CreateKeyValue(ctx, jetstream.KeyValueConfig{
+		Bucket: "b", Replicas: 3, LimitMarkerTTL: time.Minute,
+	})
+	require.NoError(t, err)
+	var stores []*NATSStore
+	for _, srv := range c.servers {
+		stores = append(stores, openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"}))
+	}
+	const keys = 1500
+	var wg sync.WaitGroup
+	for w := range 50 {
+		s := stores[w%3]
+		wg.Go(func() {
+			for i := w; i < keys; i += 50 {
+				_, err := kv.Create(ctx, fmt.Sprintf("k.%d", i), []byte("theirs"), jetstream.KeyTTL(time.Second))
+				assert.NoError(t, err)
+			}
+		})
+		wg.Go(func() {
+			time.Sleep(time.Second + time.Duration(w)*5*time.Millisecond)
+			for i := w; i < keys; i += 50 {
+				assert.NoError(t, s.Put(fmt.Sprintf("k.%d", i), []byte("ours"), 0))
+			}
+		})
+	}
+	wg.Wait()
+	time.Sleep(2 * time.Second)
+	lost := 0
+	for i := range keys {
+		if got, err := stores[i%3].Get(fmt.Sprintf("k.%d", i)); err != nil || string(got) != "ours" {
+			lost++
+		}
+	}
+	assert.Zero(t, lost, "of %d writes", keys)
+}
+
 // TestKeysOfALargeBucket: complete and free of doubles, however large the bucket
 // and busy the writers.
 func TestKeysOfALargeBucket(t *testing.T) {

@@ -45,6 +45,14 @@ func (l *lockBucket) open(c *call, data *bucket) (*bucket, error) {
 	return b, nil
 }
 
+func (l *lockBucket) forget(b *bucket) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.bucket == b {
+		l.bucket = nil
+	}
+}
+
 // A natsLessor is a lessor for the locks that are kept in a bucket.
 type natsLessor struct {
 	s *NATSStore
@@ -90,6 +98,9 @@ func (s *NATSStore) Lock(key string, ttl time.Duration) (Lock, error) {
 	}
 	r, err := b.commit(c, write{key: key, op: owner + ".0", last: last, decide: acquire, idempotent: true})
 	if err != nil {
+		if errors.Is(err, nats.ErrNoResponders) {
+			s.locks.forget(b) // it may be gone, and is made anew next time
+		}
 		return nil, opError("lock", key, err)
 	}
 	l := newLease(natsLessor{s, b}, key, ttl, asked, r.revision)

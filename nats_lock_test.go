@@ -1,0 +1,346 @@
+package state
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// TestLateLockRequests: what a lost connection holds back and delivers late can
+// only delay, never break exclusion.
+func TestLateLockRequests(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	s, p := viaProxy(t, srv.ClientURL(), "b", 1)
+	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	refreshed := mustLock(t, s, "refreshed", 2*time.Second)
+	released := mustLock(t, s, "released", 2*time.Second)
+	require.NoError(t, mustLock(t, s, "wanted", time.Minute).Unlock())
+	p.refuse(true)
+	p.cut()
+	eventually(t, func() bool { return !s.nc.IsConnected() }, "disconnect")
+	var wg sync.WaitGroup
+	wg.Go(func() { assert.Error(t, refreshed.Refresh()) })
+	wg.Go(func() { assert.Error(t, released.Unlock()) })
+	wg.Go(func() {
+		_, err := s.Lock("wanted", time.Minute)
+		assert.ErrorIs(t, err, ErrOutcomeUnknown)
+	})
+	wg.Wait()
+	next := map[string]Lock{}
+	for _, name := range []string{"refreshed", "released", "wanted"} {
+		next[name] = mustLock(t, other, name, time.Minute)
+	}
+	p.refuse(false)
+	require.NoError(t, s.Put("barrier", nil, 0))
+	for name, l := range next {
+		_, err := s.Lock(name, time.Minute)
+		refuses(t, ErrLockHeld, err, name)
+		require.NoError(t, l.Refresh(), name)
+		require.NoError(t, l.Unlock(), name)
+	}
+	refuses(t, ErrLockExpired, refreshed.Refresh())
+	refuses(t, ErrLockNotHeld, released.Unlock())
+}
+
+// TestTakeOver: the next holder gets a crashed one's lock no earlier than the
+// lease's end, and soon after it, for leases of all lengths.
+func TestTakeOver(t *testing.T) {
+	srv := startServer(t, nil)
+	a := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	b := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	var wg sync.WaitGroup
+	for _, ttl := range []time.Duration{
+		50 * time.Millisecond, 200 * time.Millisecond, 900 * time.Millisecond, time.Second, 1300 * time.Millisecond, 3 * time.Second,
+	} {
+		wg.Go(func() {
+			name := ttl.String()
+			before := time.Now()
+			_, err := a.Lock(name, ttl)
+			granted := time.Now()
+			assert.NoError(t, err)
+			err = WithLock(context.Background(), b, name, time.Minute, func(context.Context, uint64) error {
+				now := time.Now()
+				assert.GreaterOrEqual(t, now.Sub(before), ttl, "%v: early", ttl)
+				t.Logf("a lease of %v was taken over %v after its end", ttl, now.Sub(granted.Add(ttl)).Round(time.Millisecond))
+				assert.Less(t, now.Sub(granted), ttl+time.Second)
+				return nil
+			})
+			assert.NoError(t, err)
+		})
+	}
+	wg.Wait()
+}
+
+// TestReleaseWakes: who waits for a lock is told of its release.
+func TestReleaseWakes(t *testing.T) {
+	srv := startServer(t, nil)
+	a := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	b := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	for name, store := range map[string][2]releaseTeller{"nats": {a, b}, "memory": func() [2]releaseTeller {
+		m := NewMemoryStore()
+		t.Cleanup(func() { _ = m.Close() })
+		return [2]releaseTeller{m, m}
+	}()} {
+		l := mustLock(t, store[0].(StateStore), "l", time.Minute)
+		woken, stop := store[1].onRelease("l")
+		time.Sleep(50 * time.Millisecond)
+		require.NoError(t, l.Refresh())
+		assert.Empty(t, woken, name)
+		require.NoError(t, l.Unlock())
+		select {
+		case <-woken:
+		case <-time.After(10 * time.Second):
+			require.Fail(t, "nobody told", name)
+		}
+		stop()
+	}
+}
+
+// TestWithLockOutlivesRestart: WithLock keeps a lock across a restart of the
+// server that is shorter than the lease.
+func TestWithLockOutlivesRestart(t *testing.T) {
+	t.Parallel()
+	srv := startRestartable(t)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	started := make(chan uint64)
+	done := make(chan error)
+	go func() {
+		done <- WithLock(context.Background(), s, "l", 3*time.Second, func(ctx context.Context, token uint64) error {
+			started <- token
+			select {
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			case <-time.After(8 * time.Second): // several leases
+				return nil
+			}
+		})
+	}()
+	token := <-started
+	for range 2 {
+		time.Sleep(800 * time.Millisecond)
+		stopServer(srv.Server)
+		time.Sleep(500 * time.Millisecond)
+		srv.start(t)
+	}
+	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	for range 20 {
+		_, err := other.Lock("l", time.Minute)
+		refuses(t, ErrLockHeld, err)
+		time.Sleep(100 * time.Millisecond)
+	}
+	require.NoError(t, <-done)
+	assert.Greater(t, mustLock(t, other, "l", time.Minute).(Fenced).Token(), token)
+}
+
+// TestWithLockIsCutOff: when no packet gets through, fn is told in time, before
+// anybody else can have the lock.
+func TestWithLockIsCutOff(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	s, p := viaProxy(t, srv.ClientURL(), "b", 1)
+	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	var working, taken atomic.Int64
+	done := make(chan error, 1)
+	go func() {
+		done <- WithLock(context.Background(), s, "l", time.Second, func(ctx context.Context, _ uint64) error {
+			p.stall()
+			<-ctx.Done()
+			working.Store(time.Now().UnixNano())
+			return context.Cause(ctx)
+		})
+	}()
+	time.Sleep(100 * time.Millisecond)
+	require.NoError(t, WithLock(context.Background(), other, "l", time.Minute, func(context.Context, uint64) error {
+		taken.Store(time.Now().UnixNano())
+		return nil
+	}))
+	require.NotZero(t, working.Load())
+	assert.Less(t, working.Load(), taken.Load(), "the next one began before this one was told")
+	p.resume()
+	refuses(t, ErrLockExpired, <-done)
+}
+
+// TestMutualExclusionUnderFaults: eight clients on three replicas, holders that
+// crash, leaders that step down, servers that stop and come back, clients that
+// are cut off. A register accepts only growing tokens, and nobody works while
+// another one counts on the lock.
+func TestMutualExclusionUnderFaults(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster and its elections")
+	}
+	c := startCluster(t)
+	setUp := openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[0].ClientURL()), Bucket: "b", Replicas: 3})
+	require.NoError(t, mustLock(t, setUp, "warm", time.Minute).Unlock())
+
+	const clients = 8
+	var (
+		proxies               []*proxy
+		holder                atomic.Int64 // who counts on the lock
+		highest               atomic.Uint64
+		cycles, failures      atomic.Int64
+		violations, regress   atomic.Int64
+		stop                  atomic.Bool
+		wg                    sync.WaitGroup
+		lease                 = 1500 * time.Millisecond
+		stillCounted, crashes atomic.Int64
+	)
+	for i := range clients {
+		// Each knows of one server only, through a proxy of its own.
+		p := startProxy(t, strings.TrimPrefix(c.servers[i%3].ClientURL(), "nats://"))
+		proxies = append(proxies, p)
+		nc := connect(t, p.url(), nats.IgnoreDiscoveredServers())
+		s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+		me := int64(i + 1)
+		wg.Go(func() {
+			for n := 0; !stop.Load(); n++ {
+				asked := time.Now()
+				l, err := s.Lock("l", lease)
+				if err != nil {
+					if err != ErrLockHeld { //nolint:errorlint // bare
+						failures.Add(1)
+					}
+					time.Sleep(time.Millisecond)
+					continue
+				}
+				until := asked.Add(lease)
+				if !time.Now().Before(until) {
+					continue // granted too late to be of use
+				}
+				if !holder.CompareAndSwap(0, me) {
+					violations.Add(1)
+				}
+				if token := l.(Fenced).Token(); highest.Swap(token) >= token {
+					regress.Add(1)
+				}
+				cycles.Add(1)
+				if n%50 == 49 { // it works on with a refresh
+					asked := time.Now()
+					if l.Refresh() == nil {
+						until = asked.Add(lease)
+					}
+				}
+				stillCounted.Add(1)
+				if !time.Now().Before(until) {
+					// It lost it on the way, maybe to somebody who has begun.
+					holder.CompareAndSwap(me, 0)
+					continue
+				}
+				if !holder.CompareAndSwap(me, 0) {
+					violations.Add(1)
+				}
+				if n%200 == 199 {
+					crashes.Add(1)
+					continue
+				}
+				_ = l.Unlock()
+			}
+		})
+	}
+	time.Sleep(500 * time.Millisecond)
+	for i := range 3 {
+		for range 2 {
+			_, _ = setUp.nc.Request("$JS.API.STREAM.LEADER.STEPDOWN.KV_b-locks", nil, 5*time.Second)
+			time.Sleep(500 * time.Millisecond)
+		}
+		proxies[i].cut()
+		proxies[i+3].stall()
+		time.Sleep(500 * time.Millisecond)
+		proxies[i+3].resume()
+		if i > 0 {
+			stopServer(c.servers[i])
+			time.Sleep(time.Second)
+			c.restart(t, i)
+			c.settle(t)
+		}
+	}
+	stop.Store(true)
+	wg.Wait()
+	t.Logf("%d cycles, %d crashes, %d calls that failed", cycles.Load(), crashes.Load(), failures.Load())
+	assert.Zero(t, violations.Load(), "violations of mutual exclusion")
+	assert.Zero(t, regress.Load(), "tokens that did not grow")
+	assert.Greater(t, cycles.Load(), int64(500))
+}
+
+// TestLocksOutliveKill: a lease and a release outlive a kill -9 of the server.
+func TestLocksOutliveKill(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs a real server process")
+	}
+	t.Parallel()
+	p := startProcess(t)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, p.url()), Bucket: "b"})
+	held := mustLock(t, s, "held", time.Minute)
+	require.NoError(t, mustLock(t, s, "released", time.Minute).Unlock())
+	token := held.(Fenced).Token()
+	for range 2 {
+		p.kill()
+		p.start(t)
+		_, err := s.Lock("held", time.Minute)
+		refuses(t, ErrLockHeld, err)
+		l := mustLock(t, s, "released", time.Minute)
+		assert.Greater(t, l.(Fenced).Token(), token)
+		require.NoError(t, l.Unlock())
+		require.NoError(t, held.Refresh())
+	}
+	require.NoError(t, held.Unlock())
+}
+
+// TestLeaseLife walks through the life of a lease with a lessor that fails as
+// it is told to.
+func TestLeaseLife(t *testing.T) {
+	broken := errors.New("broken")
+	b := &fakeLessor{}
+	l := newLease(b, "l", 100*time.Millisecond, time.Now(), 7)
+	b.extendErr = broken
+	assert.Equal(t, broken, l.Refresh())
+	b.extendErr = nil
+	require.NoError(t, l.Refresh(), "after a failure it may be called again")
+	b.releaseErr = broken
+	assert.Equal(t, broken, l.Unlock())
+	b.releaseErr = nil
+	require.NoError(t, l.Unlock())
+	refuses(t, ErrLockNotHeld, l.Unlock())
+	refuses(t, ErrLockNotHeld, l.Refresh())
+
+	// An answer that comes after the lease's end by the holder's own clock is
+	// too late, whatever it says: the rest of it is given up.
+	released := b.released
+	l = newLease(b, "l", 50*time.Millisecond, time.Now(), 8)
+	b.delay = 80 * time.Millisecond
+	refuses(t, ErrLockExpired, l.Refresh())
+	assert.Equal(t, released+1, b.released)
+	refuses(t, ErrLockExpired, l.Refresh())
+	refuses(t, ErrLockNotHeld, l.Unlock())
+
+	// The lease counts from before the request was sent.
+	l = newLease(b, "l", time.Minute, time.Now().Add(-time.Minute), 9)
+	refuses(t, ErrLockExpired, l.Refresh())
+}
+
+// A fakeLessor stands for a backend in a test of what is above it.
+type fakeLessor struct {
+	extendErr, releaseErr error
+	delay                 time.Duration
+	released              int
+}
+
+func (f *fakeLessor) extend(*lease) error {
+	time.Sleep(f.delay)
+	return f.extendErr
+}
+
+func (f *fakeLessor) release(*lease) error {
+	if f.releaseErr == nil {
+		f.released++
+	}
+	return f.releaseErr
+}
