@@ -108,7 +108,7 @@ func TestReadmeCode(t *testing.T) {
 // useAll adds to a fragment a use of each variable that it declares at its top
 // level, since Go insists on one.
 func useAll(code string) string {
-	for _, m := range regexp.MustCompile(`(?m)^([\w, ]+) := `).FindAllStringSubmatch(code, -1) {
+	for _, m := range regexp.MustCompile(`(?m)^(\w+(?:, \w+)*) := `).FindAllStringSubmatch(code, -1) {
 		for name := range strings.SplitSeq(m[1], ", ") {
 			if name != "_" {
 				code += "_ = " + name + "\n"
