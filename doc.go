@@ -86,9 +86,9 @@
 // last one. It blocks no writer and no other reader, and memory is bounded by
 // the number of keys that changed.
 //
-// On NATS, a state that another replaces within about a millisecond, before the
-// server has handed it on, may not be told; the one that replaced it is. A
-// bucket with a History of several has room for so many.
+// On NATS, a state that was replaced before the server had handed it on, which
+// takes about a millisecond and more under load, may not be told; the one that
+// replaced it is. A bucket with a History of several has room for so many.
 //
 // A watch on a NATSStore outlives reconnects, server restarts and changes of
 // the leader, and then tells what it missed. When it can no longer know what it
