@@ -375,7 +375,7 @@ func (v *verdict) checkGrants(name string, grants []*grant) {
 	slices.SortFunc(grants, func(x, y *grant) int { return int(x.ret/1000 - y.ret/1000) })
 	for i, g := range grants {
 		for _, next := range grants[i+1:] {
-			if next.ret < g.until {
+			if next.ret < g.until && next.ret < next.until {
 				v.faults = append(v.faults, fmt.Sprintf("lock %s: client %d got it (token %d) at %.6f while client %d (token %d, since %.6f) could rely on it until %.6f",
 					name, next.client, next.token, float64(next.ret)/1e9, g.client, g.token, float64(g.ret)/1e9, float64(g.until)/1e9))
 			}

@@ -279,6 +279,11 @@ func (l *load) hold(ctx context.Context, client int, name string, ttl time.Durat
 	l.lock(client, name, lockInput{lockTake, g.token}, call, ret, false)
 	l.grant(name, g)
 	l.lockCycles.Add(1)
+	if ret >= g.until && lock.Refresh() == state.ErrLockExpired {
+		// Its lease was counted from the call or a little later. A lock that its
+		// holder cannot count on any more should not have been handed out.
+		l.broke("lock %s: called for at %.3f for %v, token %d was handed out at %.3f when it had lapsed", name, float64(call)/1e9, ttl, g.token, float64(ret)/1e9)
+	}
 	if lock.Key() != name {
 		l.broke("the lock of %s calls itself %s", name, lock.Key())
 	}
