@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -176,6 +177,7 @@ type result struct {
 	histories, undecided  int
 	cycles, ttls, events  int64
 	skipped               int
+	listings              int64
 	faults                int
 	stale                 []staleRead
 	broken                []string
@@ -191,6 +193,7 @@ func (r *result) add(x result) {
 	r.ttls += x.ttls
 	r.events += x.events
 	r.skipped += x.skipped
+	r.listings += x.listings
 	r.faults += x.faults
 	r.stale = append(r.stale, x.stale...)
 	r.broken = append(r.broken, x.broken...)
@@ -201,8 +204,8 @@ func (r result) String() string {
 	for _, s := range r.stale {
 		latest = max(latest, s.after)
 	}
-	text := fmt.Sprintf("%d operations (%d failed cleanly, %d of unknown outcome), %d histories checked (%d undecided), %d lock cycles, %d expiries, %d events (%d values replaced before they were told), %d faults, %d broken rules",
-		r.ops, r.refused, r.unknown, r.histories, r.undecided, r.cycles, r.ttls, r.events, r.skipped, r.faults, len(r.broken))
+	text := fmt.Sprintf("%d operations (%d failed cleanly, %d of unknown outcome), %d histories checked (%d undecided), %d lock cycles, %d expiries, %d listings, %d events (%d values replaced before they were told), %d faults, %d broken rules",
+		r.ops, r.refused, r.unknown, r.histories, r.undecided, r.cycles, r.ttls, r.listings, r.events, r.skipped, r.faults, len(r.broken))
 	if len(r.stale) > 0 {
 		text += fmt.Sprintf(", %d stale reads through a leader cut off, the last %.1f s after the cut", len(r.stale), latest.Seconds())
 	}
@@ -253,6 +256,14 @@ func (sc scenario) run(t *testing.T, d time.Duration) (r result) {
 	v := l.check(windows, 20*time.Second)
 	r.histories, r.undecided, r.stale = v.histories, v.undecided, v.stale
 	r.broken = append(l.broken, v.faults...)
+	for _, w := range l.wrongLists {
+		if i := slices.IndexFunc(windows, func(x window) bool { return w.ret >= x.from && w.call <= x.to }); i >= 0 {
+			r.stale = append(r.stale, staleRead{w.text, time.Duration(w.ret - windows[i].from)})
+		} else {
+			r.broken = append(r.broken, w.text)
+		}
+	}
+	r.listings = l.listings.Load()
 	r.skipped = l.skipped
 	r.ops, r.refused, r.unknown = l.done, l.refused, l.unknown
 	r.cycles, r.ttls, r.events = l.lockCycles.Load(), l.ttlChecks.Load(), l.events.Load()
@@ -285,8 +296,8 @@ var scenarios = []scenario{
 	{name: "three-servers-restarts", servers: 3, fault: restart(false)},
 	{name: "three-servers-kills", servers: 3, processes: true, fault: restart(true)},
 	{name: "three-servers-pauses", servers: 3, processes: true, fault: pause},
-	{name: "three-servers-isolated-silently", servers: 3, fault: isolateServer((*proxy).freeze, time.Second, 14*time.Second)},
-	{name: "three-servers-isolated-cut", servers: 3, fault: isolateServer((*proxy).sever, time.Second, 14*time.Second)},
+	{name: "three-servers-isolated-silently", servers: 3, fault: isolateServer((*proxy).freeze, 2*time.Second, 16*time.Second)},
+	{name: "three-servers-isolated-cut", servers: 3, fault: isolateServer((*proxy).sever, 2*time.Second, 16*time.Second)},
 	{name: "three-servers-routes-stalled", servers: 3, fault: stallRoutes},
 	{name: "three-servers-clients-frozen", servers: 3, fault: cutClients((*proxy).freeze)},
 	{name: "three-servers-anything", servers: 3, processes: true, fault: anything(

@@ -29,16 +29,18 @@ type load struct {
 	acked     map[string]map[string]bool // the values whose writes were acknowledged, by key
 	writes    map[string]map[string]bool // the values that were written, by key
 
-	lockCycles, ttlChecks, events atomic.Int64
-	cut                           atomic.Bool // a client was cut off: events may be missing
-	lossless                      bool        // every value is told, even one that was replaced at once
-	skipped                       int         // values that were replaced before the watch was told of them
+	wrongLists []wrongList
+
+	lockCycles, ttlChecks, events, listings atomic.Int64
+	cut                                     atomic.Bool // a client was cut off: events may be missing
+	lossless                                bool        // every value is told, even one that was replaced at once
+	skipped                                 int         // values that were replaced before the watch was told of them
 }
 
 func newLoad(open func() (state.StateStore, error)) *load {
 	return &load{
 		history: newHistory(), open: open,
-		keys: 4, lockers: 4, timers: 1, watchers: 2,
+		keys: 5, lockers: 4, timers: 1, watchers: 2,
 		pace: time.Millisecond, epoch: time.Second,
 		acked: map[string]map[string]bool{}, writes: map[string]map[string]bool{},
 	}
@@ -61,7 +63,7 @@ func (l *load) run(ctx context.Context, ready func()) error {
 			_ = s.Close()
 		}
 	}()
-	total := l.keys + l.lockers + l.timers + l.watchers + 1
+	total := l.keys + l.lockers + l.timers + l.watchers + 2
 	for range total {
 		s, err := l.open()
 		if err != nil {
@@ -95,6 +97,7 @@ func (l *load) run(ctx context.Context, ready func()) error {
 			wg.Go(func() { l.useTTLs(ctx, 100*j+l.keys+l.lockers+i, stores[l.keys+l.lockers+i]) })
 		}
 	}
+	wg.Go(func() { l.useLists(ctx, total, stores[total-2], stores[total-3]) }) // on a watcher's connection
 	wg.Wait()
 	l.endWatches(reader)
 	unwatch()
@@ -181,7 +184,11 @@ func (l *load) useKeys(ctx context.Context, client int, s state.StateStore) {
 		in, out := regInput{value: value}, regOutput{}
 		var err error
 		call := l.now()
-		switch p := rand.IntN(100); {
+		p := rand.IntN(100)
+		if client == 0 {
+			p = rand.IntN(40) // one only reads, so that it is never held up by a write
+		}
+		switch {
 		case p < 40:
 			in = regInput{verb: regGet}
 			if p < 20 {
@@ -408,6 +415,67 @@ func (l *load) useTTLs(ctx context.Context, client int, s state.StateStore) {
 	}
 }
 
+// useLists has one client write and delete keys that nobody else does, and
+// another one list them, which must see exactly what there is.
+func (l *load) useLists(ctx context.Context, client int, writer, reader state.StateStore) {
+	const prefix = "list."
+	want := []string{}
+	for n := 0; ctx.Err() == nil; n++ {
+		key := fmt.Sprintf("%s%d", prefix, n)
+		value := fmt.Sprintf("%d.%d", client, n)
+		l.wrote(l.writes, key, value)
+		err := writer.Put(key, []byte(value), 0)
+		if err == nil {
+			l.wrote(l.acked, key, value)
+			want = append(want, key)
+			if len(want) > 10 {
+				gone := rand.IntN(len(want))
+				if err = writer.Delete(want[gone]); err == nil {
+					want = slices.Delete(want, gone, gone+1)
+				}
+			}
+		}
+		if err != nil {
+			// Nobody knows what there is, so it is found out: another writer's
+			// keys are none of these.
+			l.unexpected("write", err)
+			for range 20 {
+				l.rest(ctx, 500*time.Millisecond) // what comes late has come then
+				if got, err := writer.Keys(prefix + "*"); err == nil {
+					want = got
+					break
+				}
+			}
+			continue
+		}
+		call := l.now()
+		got, err := reader.Keys(prefix + "*")
+		l.bounded("keys", call)
+		slices.Sort(want)
+		switch {
+		case err != nil:
+			l.unexpected("keys", err)
+		case !slices.Equal(got, want):
+			l.list(call, fmt.Sprintf("keys %q instead of %q", got, want))
+		default:
+			l.listings.Add(1)
+		}
+		l.rest(ctx, 5*l.pace)
+	}
+}
+
+// list notes a listing that is not right. Within a window that may be excused.
+func (l *load) list(call int64, text string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.wrongLists = append(l.wrongLists, wrongList{call, l.now(), text})
+}
+
+type wrongList struct {
+	call, ret int64
+	text      string
+}
+
 // A watched is a watch and what it told.
 type watched struct {
 	pattern string
@@ -540,7 +608,7 @@ func (l *load) endWatches(reader state.StateStore) {
 			for value := range values {
 				switch {
 				case told[value]:
-				case !(l.lossless && !w.slow) && len(w.events[key]) > 0:
+				case !(l.lossless && !w.slow) && (len(w.events[key]) > 0 || final[key] == nil):
 					l.skipped++
 				default:
 					l.broken = append(l.broken, fmt.Sprintf("watch %s: %s: %q was not told", w.pattern, key, value))

@@ -1,0 +1,289 @@
+// Command mutate shows that the tests can fail. It copies the library to a
+// temporary directory, breaks the copy in one way at a time, and runs the tests
+// that should notice; each of them must fail. It prints a table.
+//
+//	go -C proof run ./mutate            all mutations
+//	go -C proof run ./mutate -only x,y  those whose names contain x or y
+package main
+
+import (
+	"bytes"
+	"context"
+	"flag"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+)
+
+// A mutation is a way to break the library.
+type mutation struct {
+	name  string
+	edits []edit
+	tests []string // of the suite below; each must fail
+}
+
+// An edit replaces the one place where a text is found in a file.
+type edit struct{ file, old, new string }
+
+// The tests, by short names.
+var suite = map[string]string{
+	"memory-suite": ". -run ^TestMemoryStoreConformance$",
+	"nats-suite":   ". -run ^TestNATSStoreConformance$",
+	"fuzz":         ". -run ^Fuzz",
+	"memory-model": "proof -run ^TestMemoryStoreModel$",
+	"nats-model":   "proof -run ^TestNATSStoreModel$",
+	"both-model":   "proof -run ^TestBothModel$",
+	"isolated":     "proof -run ^TestIsolatedLeader$",
+	"deletes":      "proof -run ^TestDeleteAnomaly$",
+	"markers":      "proof -run ^TestMarkerAnomaly$",
+}
+
+// command returns what runs a test: one of the suite, or "load" with the name of
+// a scenario, which is a history under this load.
+func command(test string) []string {
+	if scenario, ok := strings.CutPrefix(test, "load "); ok {
+		return []string{"proof", "-run", "^TestLong$", "-long", "45s", "-each", "15s", "-only", scenario}
+	}
+	return strings.Fields(suite[test])
+}
+
+const (
+	inMemory  = "load memory"
+	oneServer = "load one-server"
+	three     = "load three-servers"
+)
+
+var mutations = []mutation{
+	{"memory-update-without-cas", []edit{{"memory.go", "if current != *expected {", "if false && current != *expected {"}}, []string{"memory-model", "memory-suite", inMemory}},
+	{"no-cas", []edit{{"nats_entry.go", "	hdr.set(headerExpected, strconv.FormatUint(last.revision, 10))\n", ""}}, []string{oneServer, "deletes", "nats-suite"}},
+	{"unlock-without-ownership", []edit{
+		{"lock.go", "if l.released || l.lapse(time.Now()) && !l.unsure {", "if l.released {"},
+		{"lock.go", "if err == nil && l.lapsed {", "if false {"},
+		{"memory.go", "held == nil || held.token != l.token || held.deadline.passed(now)", "held == nil"},
+		{"nats_lock.go", "owner != l.owner {", "false && owner != l.owner {"},
+	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
+	{"takeover-before-the-end", []edit{
+		{"nats_lock.go", "!last.deleted && !b.expired(c, last.deadline)", "!last.deleted && !b.expired(c, last.deadline-moment(100*time.Millisecond))"},
+		{"memory.go", "for t := s.lapses.due(now); t != nil; t = s.lapses.due(now) {\n		delete(s.locks, t.key)", "for t := s.lapses.due(now + 5e6); t != nil; t = s.lapses.due(now + 5e6) {\n		delete(s.locks, t.key)"},
+	}, []string{inMemory, oneServer}},
+	{"refresh-after-the-end", []edit{
+		{"lock.go", "	if l.lapse(asked) {\n		return ErrLockExpired\n	}\n", ""},
+		{"lock.go", "case err == nil && l.lapse(time.Now()):", "case false:"},
+		{"memory.go", "held.token != l.token || held.deadline.passed(now)", "held.token != l.token"},
+		{"nats_lock.go", "if last.deleted || n.b.expired(newCall(context.Background()), last.deadline) {", "if last.deleted {"},
+	}, []string{"memory-model", "nats-model", oneServer}},
+	{"tokens-that-stay", []edit{
+		{"lock.go", "func (l *lease) Token() uint64 { return l.token }", "func (l *lease) Token() uint64 { return 1 }"},
+	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
+	{"a-clock-ahead", []edit{ // expiry by the clock of a client that is half a second ahead
+		{"nats_bucket.go", "	return c.base + moment(passed-passed/maxDrift)", "	return moment(time.Now().Add(500*time.Millisecond).UnixNano()) + 0*moment(passed)"},
+	}, []string{oneServer, "nats-suite"}},
+	{"a-clock-behind", []edit{
+		{"nats_bucket.go", "	return c.base + moment(passed-passed/maxDrift)", "	return moment(time.Now().Add(-5*time.Second).UnixNano()) + 0*moment(passed)"},
+	}, []string{"nats-model", "nats-suite"}},
+	{"drop-on-a-full-queue", []edit{
+		{"watch.go", "	if q.len() >= maxWaiting {\n", "	if q.len() >= maxWaiting {\n		return\n	}\n	if false {\n"},
+	}, []string{"fuzz", "memory-suite"}},
+	{"an-older-event-last", []edit{
+		{"watch.go", "			q.events[q.head+n-q.popped] = ev\n", ""},
+	}, []string{"fuzz", "memory-suite"}},
+	{"keys-without-the-leader", []edit{{"nats_list.go", "if last >= upTo {", "if true {"}}, []string{three}},
+	{"keys-that-end-early", []edit{{"nats_list.go", "		case got > 0 || req.Expires > 0:", "		case true:"}, {"nats_list.go", "if last >= upTo {", "if true {"}}, []string{three}},
+	{"reads-from-any-replica", []edit{{"nats_bucket.go", "if setup.Replicas > 1 || !setup.AllowDirect {", "if !setup.AllowDirect {"}}, []string{three, "isolated"}},
+	{"lost-answers-are-failures", []edit{
+		{"nats_bucket.go", "			doubt, doubtOn, last = err, last.revision, nil\n", "			return record{}, err\n"},
+	}, []string{"load one-server-kills", "load one-server-restarts"}},
+	{"lost-answers-are-tried-anew", []edit{ // as if the first attempt had not been
+		{"nats_bucket.go", "if found.op == do.op {", "if false {"},
+	}, []string{"load one-server-clients-cut"}},
+	{"expired-is-visible", []edit{{"nats.go", "r.deleted || s.data.expired(c, r.deadline)", "r.deleted"}}, []string{"nats-model", "both-model"}},
+	{"ttl-cut-to-seconds", []edit{
+		{"nats_entry.go", "broom = (broom + time.Second - 1).Truncate(time.Second)", "broom = max(broom, time.Second).Truncate(time.Second)"},
+	}, []string{oneServer}},
+	{"watch-forgets-expiries", []edit{
+		{"nats_watch.go", "	if w.source == nil {\n		return nil\n	}\n	now := w.b.clock.now()\n", "	if true {\n		return nil\n	}\n	now := w.b.clock.now()\n"},
+		{"memory.go", "		s.remove(it, it.revision, it.deadline)\n", "		delete(s.items, it.key)\n"},
+	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
+	{"watch-forgets-what-it-missed", []edit{
+		{"nats_watch.go", "w.b.filter(w.pattern), w.cursor+1, false", "w.b.filter(w.pattern), info.State.LastSeq+1, false"},
+	}, []string{"load one-server-clients-cut"}},
+	{"watch-tells-early-expiries", []edit{
+		{"nats_watch.go", "	now := w.b.clock.now()\n	if _, _, stale := w.b.clock.read(w.s.nc); stale {", "	now := w.b.clock.now() + moment(time.Second)\n	if _, _, stale := w.b.clock.read(w.s.nc); stale {"},
+		{"nats_watch.go", "time.Duration(next-w.b.clock.now())", "time.Duration(next-w.b.clock.now())-time.Second"},
+	}, []string{"nats-suite"}},
+	{"created-not-kept", []edit{
+		{"nats_entry.go", "		next.created = last.created\n", "		_ = last.created\n"},
+		{"memory.go", "	it.revision, it.modified = s.revision, now\n", "	it.revision, it.modified, it.created = s.revision, now, now\n"},
+	}, []string{"memory-model", "nats-model", "memory-suite", "nats-suite"}},
+	{"created-kept-too-long", []edit{
+		{"nats_entry.go", "moment(created) < written && !moment(replaced).passed(written)", "moment(created) < written && replaced >= 0"},
+	}, []string{"fuzz"}},
+	{"delete-writes-always", []edit{
+		{"nats.go", "		if !last.exists(now) {\n			return nil, record{}, errNothing\n		}\n", ""},
+	}, []string{"nats-model", "both-model"}},
+	{"star-without-the-empty-rest", []edit{
+		{"pattern.go", "	if p.wild {\n		return strings.HasPrefix(key, p.prefix)\n", "	if p.wild {\n		return strings.HasPrefix(key, p.prefix) && len(key) > len(p.prefix)\n"},
+	}, []string{"fuzz", "nats-model"}},
+	{"double-dots", []edit{{"pattern.go", "if !keyByte[c] || c == '.' && last == '.' {", "if !keyByte[c] {"}}, []string{"fuzz", "memory-model"}},
+	{"headers-are-trusted", []edit{{"nats_entry.go", "if created > 0 && moment(created) < written &&", "if created != 0 &&"}}, []string{"fuzz"}},
+	{"deliveries-misread", []edit{{"nats_entry.go", "tokens = tokens[7:]", "tokens = tokens[6:]"}}, []string{"fuzz"}},
+	{"errors-read-as-acknowledgements", []edit{{"nats_bucket.go", "bytes.Contains(ack, []byte(`\"error\":`))", "bytes.Contains(ack, []byte(`\"none\":`))"}}, []string{"fuzz"}},
+	{"values-are-shared", []edit{{"entry.go", "	return append(make([]byte, 0, len(b)), b...)", "	if b == nil {\n		return []byte{}\n	}\n	return b"}}, []string{"memory-suite"}},
+}
+
+var (
+	only    = flag.String("only", "", "run the mutations whose names contain one of these, separated by commas")
+	timeout = flag.Duration("timeout", 4*time.Minute, "for how long a test may run")
+)
+
+func main() {
+	flag.Parse()
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+func run() error {
+	root, err := filepath.Abs("..")
+	if err != nil {
+		return err
+	}
+	work, err := os.MkdirTemp("", "mutate-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(work)
+	wrong := 0
+	fmt.Println("| mutation | test | noticed by |\n|---|---|---|")
+	for _, m := range mutations {
+		if !wanted(m.name) {
+			continue
+		}
+		copied := filepath.Join(work, m.name)
+		if err := copyTree(root, copied); err != nil {
+			return err
+		}
+		if err := m.apply(copied); err != nil {
+			wrong++
+			fmt.Printf("| %s | | NOT APPLIED: %v |\n", m.name, err)
+			continue
+		}
+		for _, test := range m.tests {
+			by, err := check(copied, test)
+			if err != nil {
+				wrong++
+				by = "NOT NOTICED: " + err.Error()
+			}
+			fmt.Printf("| %s | %s | %s |\n", m.name, test, by)
+		}
+		_ = os.RemoveAll(copied)
+	}
+	if wrong > 0 {
+		return fmt.Errorf("%d mutations were not applied or not noticed", wrong)
+	}
+	return nil
+}
+
+func wanted(name string) bool {
+	for part := range strings.SplitSeq(*only, ",") {
+		if strings.Contains(name, part) {
+			return true
+		}
+	}
+	return false
+}
+
+// apply makes the edits. A text that is not found, or found twice, is an error:
+// then the mutation is out of date.
+func (m mutation) apply(dir string) error {
+	for _, e := range m.edits {
+		path := filepath.Join(dir, e.file)
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		if n := bytes.Count(text, []byte(e.old)); n != 1 {
+			return fmt.Errorf("%s has %q %d times", e.file, e.old, n)
+		}
+		if err := os.WriteFile(path, bytes.Replace(text, []byte(e.old), []byte(e.new), 1), 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+var (
+	failure  = regexp.MustCompile(`(?m)^ *--- FAIL: (\S+)`)
+	notBuilt = regexp.MustCompile(`(?m)\[build failed\]|\[setup failed\]`)
+)
+
+// check runs a test, which must fail, and returns what failed.
+func check(dir, test string) (by string, err error) {
+	args := command(test)
+	if len(args) == 0 {
+		return "", fmt.Errorf("there is no test %q", test)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), *timeout+time.Minute)
+	defer cancel()
+	// Tests that hang have noticed too.
+	arguments := append([]string{"test", "-vet=off", "-timeout", timeout.String(), "."}, args[1:]...)
+	if args[0] == "." {
+		arguments = append(arguments, "-failfast")
+	}
+	cmd := exec.CommandContext(ctx, "go", arguments...)
+	cmd.Dir = filepath.Join(dir, args[0])
+	out, err := cmd.CombinedOutput()
+	switch {
+	case notBuilt.Match(out):
+		return "", fmt.Errorf("it does not build: %s", bytes.TrimSpace(out))
+	case err == nil:
+		return "", fmt.Errorf("%s passed", test)
+	}
+	names := failure.FindAllStringSubmatch(string(out), -1)
+	if len(names) == 0 {
+		if bytes.Contains(out, []byte("panic:")) {
+			return "a panic or a time-out", nil
+		}
+		return "", fmt.Errorf("it failed for no test: %s", bytes.TrimSpace(out))
+	}
+	deepest := names[0][1]
+	for _, name := range names {
+		if strings.Count(name[1], "/") > strings.Count(deepest, "/") {
+			deepest = name[1]
+		}
+	}
+	return deepest, nil
+}
+
+// copyTree copies what the tests need.
+func copyTree(from, to string) error {
+	return filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(from, path)
+		if err != nil {
+			return err
+		}
+		if d.IsDir() {
+			if rel == ".git" || rel == "bench" || rel == "examples" || rel == filepath.Join("proof", "testdata") {
+				return filepath.SkipDir
+			}
+			return os.MkdirAll(filepath.Join(to, rel), 0o700)
+		}
+		if !d.Type().IsRegular() {
+			return nil
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(filepath.Join(to, rel), data, 0o600)
+	})
+}
