@@ -272,3 +272,30 @@ func useEverything(operator, nc *nats.Conn) error {
 	}
 	return lock.Unlock()
 }
+
+// TestDocumentLinks follows the links of the documents to files and headings of
+// this repository.
+func TestDocumentLinks(t *testing.T) {
+	documents, err := filepath.Glob("*.md")
+	require.NoError(t, err)
+	require.NotEmpty(t, documents)
+	for _, document := range documents {
+		text, err := os.ReadFile(document)
+		require.NoError(t, err)
+		headings := make(map[string]bool)
+		for _, m := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(string(text), -1) {
+			name := regexp.MustCompile(`[^\w -]`).ReplaceAllString(strings.ToLower(m[1]), "")
+			headings["#"+strings.ReplaceAll(name, " ", "-")] = true
+		}
+		for _, m := range regexp.MustCompile(`\]\(([^)]+)\)`).FindAllStringSubmatch(string(text), -1) {
+			switch target := m[1]; {
+			case strings.HasPrefix(target, "https://"):
+			case strings.HasPrefix(target, "#"):
+				assert.True(t, headings[target], "%s: no heading for %s", document, target)
+			default:
+				_, err := os.Stat(target)
+				assert.NoError(t, err, "%s: %s", document, target)
+			}
+		}
+	}
+}
