@@ -144,7 +144,7 @@ func startCluster(t testing.TB, size int, processes bool) *cluster {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	for !c.up() {
+	for !c.up() || !c.whole() {
 		if time.Now().After(deadline) {
 			t.Fatal("the servers do not come up")
 		}
@@ -162,6 +162,20 @@ func (c *cluster) up() bool {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	_, err = js.AccountInfo(ctx)
+	return err == nil
+}
+
+// whole reports whether every server is there to have a replica placed on it.
+func (c *cluster) whole() bool {
+	if len(c.nodes) == 1 {
+		return true
+	}
+	config := fmt.Sprintf(`{"name":"WHOLE","subjects":["whole"],"storage":"memory","num_replicas":%d}`, len(c.nodes))
+	answer, err := c.admin.Request("$JS.API.STREAM.CREATE.WHOLE", []byte(config), 2*time.Second)
+	if err != nil || strings.Contains(string(answer.Data), `"error"`) {
+		return false
+	}
+	_, err = c.admin.Request("$JS.API.STREAM.DELETE.WHOLE", nil, 2*time.Second)
 	return err == nil
 }
 

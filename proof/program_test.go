@@ -68,7 +68,7 @@ var (
 	realTime = profile{
 		ttls:   []time.Duration{0, 0, 0, shortTTL, shortTTL + 1, time.Hour, 1<<63 - 1, -1},
 		sleeps: []time.Duration{shortTTL},
-		leases: []time.Duration{shortTTL, time.Hour, time.Hour, 1<<63 - 1, 0},
+		leases: []time.Duration{shortTTL, shortTTL, shortTTL, time.Hour, 1<<63 - 1, 0},
 		steps:  40,
 	}
 )
@@ -532,13 +532,13 @@ func TestMemoryStoreModel(t *testing.T) {
 // three clients, on one server and on three.
 func TestNATSStoreModel(t *testing.T) {
 	for _, servers := range []int{1, 3} {
-		testModel(t, servers, 6, 8, false)
+		testModel(t, servers, 8, 12, false)
 	}
 }
 
 // TestBothModel runs random programs on both stores at once, and compares what
 // they returned.
-func TestBothModel(t *testing.T) { testModel(t, 1, 6, 5, true) }
+func TestBothModel(t *testing.T) { testModel(t, 1, 8, 8, true) }
 
 // testModel runs random programs, many at a time, since each of them sleeps
 // most of the time.

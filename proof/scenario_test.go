@@ -30,6 +30,13 @@ type trouble struct {
 	mu      sync.Mutex // guards what follows
 	faults  int
 	windows []window
+	told    []string // what was done when
+}
+
+func (f *trouble) tell(format string, args ...any) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.told = append(f.told, fmt.Sprintf("%.3f: ", float64(f.load.now())/1e9)+fmt.Sprintf(format, args...))
 }
 
 // count counts one fault that was injected.
@@ -58,6 +65,8 @@ func (f *trouble) some() (stream string, number int) {
 	return stream, number
 }
 
+func first(number int, _ bool) int { return number }
+
 func sleep(ctx context.Context, d time.Duration) {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -75,6 +84,7 @@ func between(from, to time.Duration) time.Duration { return from + rand.N(to-fro
 func stepDown(ctx context.Context, f *trouble) {
 	stream, _ := f.some()
 	if _, err := f.admin.Request("$JS.API.STREAM.LEADER.STEPDOWN."+stream, nil, 2*time.Second); err == nil {
+		f.tell("%s steps down", stream)
 		f.count()
 	}
 	sleep(ctx, between(200*time.Millisecond, time.Second))
@@ -85,8 +95,10 @@ func restart(kill bool) func(context.Context, *trouble) {
 		_, number := f.some()
 		f.count()
 		f.load.cut.Store(true)
+		f.tell("stop server %d, kill: %v", number, kill)
 		f.nodes[number].stop(kill)
 		sleep(ctx, between(200*time.Millisecond, 3*time.Second))
+		f.tell("start server %d", number)
 		if err := f.nodes[number].start(); err != nil {
 			f.load.broke("server %d does not start: %v", number, err)
 		}
@@ -99,6 +111,8 @@ func pause(ctx context.Context, f *trouble) {
 	f.count()
 	f.load.cut.Store(true)
 	from := f.load.now()
+	f.tell("pause server %d", number)
+	defer func() { f.tell("recovered from the pause of server %d", number) }()
 	f.nodes[number].pause(between(300*time.Millisecond, 8*time.Second))
 	if len(f.nodes) > 1 {
 		// Whoever wakes up after a new leader was elected believes for a moment
@@ -115,9 +129,11 @@ func isolateServer(change func(*proxy), from, to time.Duration) func(context.Con
 		f.count()
 		f.load.cut.Store(true)
 		began := f.load.now()
+		f.tell("isolate server %d; locks are led by %d", number, first(f.leader("KV_proof-locks")))
 		f.isolate(number, change)
 		sleep(ctx, between(from, to))
 		f.isolate(number, (*proxy).heal)
+		f.tell("heal")
 		f.stale(began, f.load.now()+int64(10*time.Second))
 		f.recover(ctx, f.streams...)
 	}
@@ -128,6 +144,7 @@ func stallRoutes(ctx context.Context, f *trouble) {
 	f.count()
 	f.load.cut.Store(true)
 	began := f.load.now()
+	f.tell("stall routes")
 	for _, p := range f.routes {
 		p.freeze()
 	}
@@ -135,6 +152,7 @@ func stallRoutes(ctx context.Context, f *trouble) {
 	for _, p := range f.routes {
 		p.heal()
 	}
+	f.tell("heal")
 	f.stale(began, f.load.now()+int64(10*time.Second))
 	f.recover(ctx, f.streams...)
 }
@@ -152,6 +170,8 @@ func cutClients(change func(*proxy)) func(context.Context, *trouble) {
 			}
 		}
 		f.cluster.mu.Unlock()
+		f.tell("cut clients")
+		defer func() { f.tell("heal") }()
 		for _, l := range links {
 			for _, p := range l {
 				change(p)
@@ -273,8 +293,31 @@ func (sc scenario) run(t *testing.T, d time.Duration) (r result) {
 	}
 	if len(r.broken) > 0 {
 		t.Errorf("%s:\n%s", sc.name, strings.Join(r.broken, "\n"))
+		l.explain(t, r.broken, f)
 	}
 	return r
+}
+
+// explain shows when there were faults, and what was done to the locks that are
+// spoken of.
+func (l *load) explain(t *testing.T, broken []string, f *trouble) {
+	t.Helper()
+	if f != nil {
+		t.Logf("faults:\n  %s", strings.Join(f.told, "\n  "))
+	}
+	shown := map[string]bool{}
+	for _, text := range broken {
+		name, _, _ := strings.Cut(strings.TrimPrefix(text, "lock "), ":")
+		if ops := l.locks[name]; len(ops) > 0 && !shown[name] && len(shown) < 5 {
+			shown[name] = true
+			t.Logf("lock %s:\n%s", name, script(lockModel, slices.Clone(ops)))
+			for _, note := range l.notes {
+				if strings.Contains(note, name+" ") {
+					t.Log(note)
+				}
+			}
+		}
+	}
 }
 
 // shared is a MemoryStore that several clients share: only the last Close is

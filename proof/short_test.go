@@ -51,10 +51,11 @@ func TestIsolatedLeader(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s, err := state.NewNATSStore(state.NATSStoreConfig{Conn: cl.nc, Bucket: "proof", Replicas: 3})
-		if err != nil {
-			t.Fatal(err)
-		}
+		var s *state.NATSStore
+		waitFor(t, func() bool { // the servers may be just coming up
+			s, err = state.NewNATSStore(state.NATSStoreConfig{Conn: cl.nc, Bucket: "proof", Replicas: 3})
+			return err == nil
+		})
 		t.Cleanup(func() { _ = s.Close() })
 		return s, cl
 	}

@@ -30,6 +30,7 @@ type load struct {
 	writes    map[string]map[string]bool // the values that were written, by key
 
 	wrongLists []wrongList
+	notes      []string
 
 	lockCycles, ttlChecks, events, listings atomic.Int64
 	cut                                     atomic.Bool // a client was cut off: events may be missing
@@ -126,6 +127,13 @@ func (l *load) show(kv *state.KeyValue) {
 	if kv.Value == nil || kv.Created.IsZero() || kv.Modified.Before(kv.Created) || kv.Operation != state.OpPut || kv.Revision == 0 {
 		l.broke("malformed entry %+v", kv)
 	}
+}
+
+// note remembers an error for those who ask why.
+func (l *load) note(client int, format string, args ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.notes = append(l.notes, fmt.Sprintf("%.3f: client %d: ", float64(l.now())/1e9, client)+fmt.Sprintf(format, args...))
 }
 
 func (l *load) wrote(set map[string]map[string]bool, key, value string) {
@@ -259,7 +267,7 @@ const lapseSlack = 20 * time.Second
 // holders.
 func (l *load) useLocks(ctx context.Context, client int, s state.StateStore) {
 	for n := 0; ctx.Err() == nil; n++ {
-		name := l.name("lock")
+		name := fmt.Sprintf("lock.%d.%d", l.now()/int64(time.Second), rand.IntN(3))
 		ttl := 100*time.Millisecond + rand.N(900*time.Millisecond)
 		call := l.now()
 		lock, err := s.Lock(name, ttl)
@@ -297,7 +305,7 @@ func (l *load) hold(ctx context.Context, client int, name string, ttl time.Durat
 	lapse := func() { // it may have lapsed, for all that the holder knows
 		l.lock(client, name, lockInput{lockLapse, g.token}, g.until, g.latest, false)
 	}
-	refreshes := 0
+	refreshes, unsure := 0, false
 	if rand.IntN(3) == 0 {
 		refreshes = 1 + rand.IntN(3)
 	}
@@ -323,6 +331,8 @@ func (l *load) hold(ctx context.Context, client int, name string, ttl time.Durat
 		case err == state.ErrLockNotHeld:
 			l.broke("lock %s: refresh returned ErrLockNotHeld before Unlock", name)
 		default:
+			l.note(client, "refresh of %s since %.3f: %v", name, float64(call)/1e9, err)
+			unsure = true
 			if l.unexpected("refresh", err) {
 				g.latest = never
 			}
@@ -345,6 +355,9 @@ func (l *load) hold(ctx context.Context, client int, name string, ttl time.Durat
 		l.mu.Unlock()
 		switch {
 		case err == nil:
+			if call >= g.over && !unsure {
+				l.broke("lock %s: an unlock succeeded at %.3f, when the lease was over at %.3f", name, float64(ret)/1e9, float64(g.over)/1e9)
+			}
 			in := lockInput{lockRelease, g.token}
 			if try == 0 {
 				l.lock(client, name, in, call, ret, false)
@@ -361,6 +374,7 @@ func (l *load) hold(ctx context.Context, client int, name string, ttl time.Durat
 			lapse()
 			return
 		}
+		l.note(client, "unlock of %s since %.3f: %v", name, float64(call)/1e9, err)
 		if l.unexpected("unlock", err) {
 			l.lock(client, name, lockInput{lockRelease, g.token}, call, never, true)
 		}
