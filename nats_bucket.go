@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	mathrand "math/rand/v2"
 	"strconv"
 	"strings"
@@ -401,6 +402,34 @@ func (b *bucket) leaderMsg(c *call, subject string) (*storedMsg, error) {
 	return answer.Message, err
 }
 
+// settled returns the last record of a key, when no write is under way that may
+// already have its time. On several replicas such a write has been proposed but
+// is not stored yet, and a read does not see it. A write that is conditional on
+// what cannot be does: the leader refuses it, and tells why. It is addressed to
+// a subject that is no key.
+func (b *bucket) settled(c *call, key string) (record, error) {
+	if b.setup.Load().Replicas <= 1 {
+		return b.last(c, key)
+	}
+	probe := &nats.Msg{Subject: b.prefix + ":probe", Header: nats.Header{
+		headerExpected:        {strconv.Itoa(math.MaxInt64)},
+		headerExpectedSubject: {b.prefix + key},
+	}}
+	for {
+		switch _, o, err := b.send(c, probe); o {
+		case busy, unavailable:
+			if !c.again() {
+				return record{}, err
+			}
+		case lost:
+			return record{}, err
+		default:
+			// It is settled, or we may not write.
+			return b.leaderLast(c, key)
+		}
+	}
+}
+
 // expired reports whether a deadline has passed by the server's clock, of which
 // a lower bound is known. Where that is close to the deadline or might be
 // wrong, the server is asked first.
@@ -518,11 +547,15 @@ func (b *bucket) certain(r *record) *record {
 	if r == nil || !r.guessed || r.deadline == 0 {
 		return r
 	}
-	if now, slack, _ := b.clock.read(b.nc); r.deadline.passed(now + slack) {
+	if now, slack, _ := b.clock.read(b.nc); r.deadline.passed(now + slack + moment(guessMargin)) {
 		return nil
 	}
 	return r
 }
+
+// guessMargin is how long before its deadline a guess is not good enough: the
+// deadline must not pass while a write that takes it for granted is on its way.
+const guessMargin = 200 * time.Millisecond
 
 // A write is what commit is to do.
 type write struct {

@@ -14,11 +14,14 @@ import (
 // value as it is, so that every other client reads it.
 const (
 	// The server's and the ones that all KV clients share.
-	headerTTL       = "Nats-TTL"
-	headerExpected  = "Nats-Expected-Last-Subject-Sequence"
-	headerRollup    = "Nats-Rollup"
-	headerOperation = "KV-Operation"
-	headerReason    = "Nats-Marker-Reason"
+	headerTTL      = "Nats-TTL"
+	headerExpected = "Nats-Expected-Last-Subject-Sequence"
+	headerRollup   = "Nats-Rollup"
+	// headerExpectedSubject says of which subject headerExpected speaks, if not
+	// of the message's own.
+	headerExpectedSubject = "Nats-Expected-Last-Subject-Sequence-Subject"
+	headerOperation       = "KV-Operation"
+	headerReason          = "Nats-Marker-Reason"
 
 	// headerExact is the TTL in nanoseconds, where Nats-TTL, which is only the
 	// server's broom, says something else.
@@ -54,7 +57,7 @@ type record struct {
 	entry
 	deadline moment // none for 0
 	removal  moment // when the server removes it; none for 0
-	deleted  bool   // it is a marker
+	deleted  bool   // it is a marker; created is then that of what it deleted
 	expiry   bool   // and the server wrote it, in place of what expired
 	op       string
 
@@ -85,11 +88,20 @@ func decode(hdr nats.Header, data []byte, seq uint64, written moment, maxAge tim
 	if r.value == nil {
 		r.value = []byte{}
 	}
+	since, before, _ := strings.Cut(hdr.Get(headerCreated), " ")
+	created, _ := strconv.ParseInt(since, 10, 64)
+	replaced, _ := strconv.ParseInt(before, 10, 64)
+	lasting := created > 0 && moment(created) < written && !moment(replaced).passed(written)
+	if lasting {
+		r.created = moment(created)
+	}
 	reason := hdr.Get(headerReason)
-	switch op := hdr.Get(headerOperation); {
-	case op == "DEL", op == "PURGE", reason != "":
+	if op := hdr.Get(headerOperation); op == "DEL" || op == "PURGE" || reason != "" {
 		r.deleted = true
 		r.expiry = reason == "MaxAge"
+		if !lasting {
+			r.created = 0
+		}
 		return r
 	}
 
@@ -106,13 +118,6 @@ func decode(hdr nats.Header, data []byte, seq uint64, written moment, maxAge tim
 		if r.removal.outlives(end) {
 			r.removal = end
 		}
-	}
-
-	since, before, _ := strings.Cut(hdr.Get(headerCreated), " ")
-	created, _ := strconv.ParseInt(since, 10, 64)
-	replaced, _ := strconv.ParseInt(before, 10, 64)
-	if created > 0 && moment(created) < written && !moment(replaced).passed(written) {
-		r.created = moment(created)
 	}
 	return r
 }
@@ -149,18 +154,13 @@ type entryWriter struct {
 // value returns the message that writes a value in place of last.
 func (w entryWriter) value(last *record, value []byte, ttl time.Duration, now moment) (*nats.Msg, record) {
 	next := record{entry: entry{created: now, modified: now}, op: w.op, guessed: true}
-	exists := last.exists(now)
-	if exists {
+	if last.exists(now) {
 		next.created = last.created
-	}
-	created := strconv.AppendInt(make([]byte, 0, 48), int64(next.created), 10)
-	if exists && last.deadline != 0 {
-		created = strconv.AppendInt(append(created, ' '), int64(last.deadline), 10)
 	}
 	hdr := newHeader()
 	hdr.set(headerOp, w.op)
 	hdr.set(headerExpected, strconv.FormatUint(last.revision, 10))
-	hdr.set(headerCreated, string(created))
+	hdr.set(headerCreated, createdValue(last, next.created, now))
 	if ttl > 0 {
 		next.deadline = now.deadline(ttl)
 		broom := ttl
@@ -201,12 +201,22 @@ func (h *header) set(name, value string) {
 	h.Header[name] = h.values[n : n+1 : n+1]
 }
 
+// createdValue is the value of headerCreated for what is written on top of last.
+func createdValue(last *record, created, now moment) string {
+	b := strconv.AppendInt(make([]byte, 0, 48), int64(created), 10)
+	if last.exists(now) && last.deadline != 0 {
+		b = strconv.AppendInt(append(b, ' '), int64(last.deadline), 10)
+	}
+	return string(b)
+}
+
 // marker returns the message that deletes the key.
 func (w entryWriter) marker(last *record, life time.Duration, now moment) (*nats.Msg, record) {
 	hdr := nats.Header{
 		headerOp:        {w.op},
 		headerExpected:  {strconv.FormatUint(last.revision, 10)},
 		headerOperation: {"PURGE"},
+		headerCreated:   {createdValue(last, last.created, now)},
 		headerTTL:       {strconv.FormatInt(int64(life/time.Second), 10)},
 	}
 	if w.rollup {

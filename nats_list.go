@@ -145,7 +145,7 @@ const (
 type listed struct {
 	key      string
 	revision uint64
-	modified moment
+	created  moment
 	deadline moment
 	deleted  bool
 }
@@ -160,7 +160,7 @@ func (b *bucket) list(ctx context.Context, p pattern) ([]listed, error) {
 		if err != nil || r.revision == 0 {
 			return nil, err
 		}
-		return []listed{{p.prefix, r.revision, r.modified, r.deadline, r.deleted}}, nil
+		return []listed{{p.prefix, r.revision, r.created, r.deadline, r.deleted}}, nil
 	}
 	for c := newCall(ctx); ; {
 		all, err := b.listOnce(ctx, p)
@@ -250,7 +250,7 @@ func (b *bucket) listOnce(ctx context.Context, p pattern) (all []listed, err err
 			got, last = got+1, d.seq
 			if key, ok := b.key(p, msg.Subject); ok {
 				rec := decode(msg.Header, nil, d.seq, d.written, setup.MaxAge)
-				all = append(all, listed{key, d.seq, d.written, rec.deadline, rec.deleted})
+				all = append(all, listed{key, d.seq, rec.created, rec.deadline, rec.deleted})
 			}
 		}
 		switch {
