@@ -23,8 +23,9 @@ var (
 	ErrLockNotHeld = errors.New("lock not held")
 
 	// ErrLockExpired is returned by Refresh once the lease has lapsed, whether
-	// or not somebody else holds the lock by now, and by [WithLock] if the
-	// lease was lost while its function ran.
+	// or not somebody else holds the lock by now; by Lock if it lapsed before
+	// the answer was here; and by [WithLock] if the lease was lost while its
+	// function ran.
 	ErrLockExpired = errors.New("lock expired")
 
 	// ErrInvalidKey is returned for a key, lock name or pattern that

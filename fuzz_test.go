@@ -126,7 +126,7 @@ func FuzzDecode(f *testing.F) {
 		if r.revision != seq || r.modified != written || r.value == nil || string(r.value) != string(data) {
 			t.Fatalf("%+v of sequence %d at %d", r, seq, at)
 		}
-		if r.created > written || r.created <= 0 {
+		if r.created > written || r.created < 0 || r.created == 0 && !r.deleted {
 			t.Fatalf("created at %d, written at %d", r.created, written)
 		}
 		op := hdr.Get("KV-Operation")

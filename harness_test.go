@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -108,24 +109,35 @@ type cluster struct {
 func startCluster(t testing.TB) *cluster {
 	t.Helper()
 	c := &cluster{}
-	var routes []*url.URL
-	for range 3 {
-		routes = append(routes, &url.URL{Scheme: "nats", Host: fmt.Sprintf("127.0.0.1:%d", freePort(t))})
-	}
 	for i := range 3 {
-		var port int
-		_, err := fmt.Sscan(routes[i].Port(), &port)
-		require.NoError(t, err)
-		c.opts = append(c.opts, &server.Options{
-			ServerName: fmt.Sprintf("s%d", i), Host: "127.0.0.1", Port: freePort(t),
+		opts := &server.Options{
+			ServerName: fmt.Sprintf("s%d", i), Host: "127.0.0.1", Port: server.RANDOM_PORT,
 			JetStream: true, StoreDir: t.TempDir(), NoSigs: true, NoLog: true,
-			Cluster: server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: port},
-			Routes:  routes,
-		})
-		srv, err := server.NewServer(c.opts[i].Clone())
+			Cluster: server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: server.RANDOM_PORT},
+		}
+		// The routes must be known before the server starts, and its own is not:
+		// each goes to the ones before it, and they tell each other.
+		for _, other := range c.opts {
+			opts.Routes = append(opts.Routes, route(other))
+		}
+		if i == 0 {
+			// Without a route it would not be a member of a cluster.
+			opts.Routes = []*url.URL{{Scheme: "nats", Host: "127.0.0.1:1"}}
+		}
+		srv, err := server.NewServer(opts.Clone())
 		require.NoError(t, err)
 		srv.Start()
 		c.servers = append(c.servers, srv)
+		eventually(t, func() bool { return srv.Addr() != nil && srv.ClusterAddr() != nil }, "listening")
+		opts.Port = srv.Addr().(*net.TCPAddr).Port
+		opts.Cluster.Port = srv.ClusterAddr().Port
+		c.opts = append(c.opts, opts)
+	}
+	for _, opts := range c.opts { // for restarts
+		opts.Routes = nil
+		for _, other := range c.opts {
+			opts.Routes = append(opts.Routes, route(other))
+		}
 	}
 	t.Cleanup(func() {
 		for _, srv := range c.servers {
@@ -133,7 +145,19 @@ func startCluster(t testing.TB) *cluster {
 		}
 	})
 	c.settle(t)
+	// The leader may not have heard of all the others' resources yet.
+	nc := connect(t, c.servers[0].ClientURL())
+	eventually(t, func() bool {
+		answer, err := nc.Request("$JS.API.STREAM.CREATE.probe", []byte(`{"name":"probe","subjects":["probe"],"num_replicas":3,"storage":"memory"}`), 5*time.Second)
+		return err == nil && !strings.Contains(string(answer.Data), `"error"`)
+	}, "a replicated stream")
+	_, err := nc.Request("$JS.API.STREAM.DELETE.probe", nil, 5*time.Second)
+	require.NoError(t, err)
 	return c
+}
+
+func route(opts *server.Options) *url.URL {
+	return &url.URL{Scheme: "nats", Host: fmt.Sprintf("127.0.0.1:%d", opts.Cluster.Port)}
 }
 
 // settle waits until the cluster has a leader and all servers are current.

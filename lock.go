@@ -51,6 +51,15 @@ func newLease(b lessor, key string, ttl time.Duration, asked time.Time, token ui
 	}
 }
 
+// handOver returns the lease to its holder, unless it has lapsed on the way.
+func (l *lease) handOver() (Lock, error) {
+	if l.lapse(time.Now()) {
+		_ = l.lessor.release(l)
+		return nil, ErrLockExpired
+	}
+	return l, nil
+}
+
 func (l *lease) Key() string   { return l.key }
 func (l *lease) Token() uint64 { return l.token }
 

@@ -334,6 +334,14 @@ func (s *MemoryStore) WatchContext(ctx context.Context, pattern string) (<-chan 
 
 // Lock implements [StateStore]. The lock is a [Fenced].
 func (s *MemoryStore) Lock(key string, ttl time.Duration) (Lock, error) {
+	l, err := s.grant(key, ttl)
+	if err != nil {
+		return nil, err
+	}
+	return l.handOver()
+}
+
+func (s *MemoryStore) grant(key string, ttl time.Duration) (*lease, error) {
 	asked := time.Now()
 	s.mu.Lock()
 	defer s.mu.Unlock()

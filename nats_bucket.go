@@ -172,10 +172,11 @@ type bucket struct {
 	writer string // begins the ids of this client's writes
 	writes atomic.Uint64
 
-	setup atomic.Pointer[bucketSetup]
-	clock serverClock
-	known memo
-	turns turns
+	created time.Time // the stream's, which tells it from another of its name
+	setup   atomic.Pointer[bucketSetup]
+	clock   serverClock
+	known   memo
+	turns   turns
 }
 
 // A bucketSetup is what its operator decided.
@@ -376,15 +377,40 @@ func (b *bucket) last(c *call, key string) (record, error) {
 }
 
 // leaderLast reads the last record of a key from the stream's leader.
+//
+// A leader that was cut off answers with what it had then. It is found out if
+// this client knows of something newer.
 func (b *bucket) leaderLast(c *call, key string) (record, error) {
-	msg, err := b.leaderMsg(c, b.prefix+key)
-	if err != nil || msg == nil {
-		return record{}, err
+	for {
+		var r record
+		msg, err := b.leaderMsg(c, b.prefix+key)
+		if err == nil && msg != nil {
+			r, err = msg.record(b.setup.Load().MaxAge)
+			b.clock.observe(r.modified)
+		}
+		if err != nil {
+			return record{}, err
+		}
+		known := b.known.recall(key)
+		if known == nil || known.revision <= r.revision {
+			return r, nil
+		}
+		// Or it was removed, or the stream is another one by now.
+		info, err := b.info(c)
+		if err != nil {
+			return record{}, err
+		}
+		if info.State.LastSeq >= known.revision || !b.created.Equal(info.Created) {
+			b.known.forget(key)
+			return r, nil
+		}
+		if !c.again() {
+			return record{}, errStaleLeader
+		}
 	}
-	r, err := msg.record(b.setup.Load().MaxAge)
-	b.clock.observe(r.modified)
-	return r, err
 }
+
+var errStaleLeader = errors.New("the stream's leader has not got what it had acknowledged: it was cut off from the others")
 
 // leaderMsg reads the last message on a subject, which may have wildcards. It
 // returns nil if there is none.
@@ -598,6 +624,7 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 			if err != nil {
 				return fail(err)
 			}
+			b.known.forget(do.key)
 			b.known.learn(do.key, found)
 			if found.op == do.op {
 				return found, nil
@@ -635,10 +662,9 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 			b.known.learn(do.key, next)
 			return next, nil
 		}
-		b.known.forget(do.key)
 		switch o {
 		case conflicting:
-			if last = nil; seq == 0 && doubt == nil {
+			if last = nil; seq == 0 && doubt == nil && setup.Replicas <= 1 {
 				last = &record{} // it is gone
 			}
 			if !c.retry() {

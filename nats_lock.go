@@ -73,8 +73,19 @@ func (s *NATSStore) Lock(key string, ttl time.Duration) (Lock, error) {
 	if err != nil {
 		return nil, opError("lock", key, err)
 	}
-	if err := b.turns.take(key); err != nil {
+	l, err := s.acquire(c, b, key, ttl)
+	if err != nil {
+		if errors.Is(err, nats.ErrNoResponders) {
+			s.locks.forget(b) // it may be gone, and is made anew next time
+		}
 		return nil, opError("lock", key, err)
+	}
+	return l.handOver()
+}
+
+func (s *NATSStore) acquire(c *call, b *bucket, key string, ttl time.Duration) (*lease, error) {
+	if err := b.turns.take(key); err != nil {
+		return nil, err
 	}
 	defer b.turns.give(key)
 
@@ -98,10 +109,7 @@ func (s *NATSStore) Lock(key string, ttl time.Duration) (Lock, error) {
 	}
 	r, err := b.commit(c, write{key: key, op: owner + ".0", last: last, decide: acquire, idempotent: true})
 	if err != nil {
-		if errors.Is(err, nats.ErrNoResponders) {
-			s.locks.forget(b) // it may be gone, and is made anew next time
-		}
-		return nil, opError("lock", key, err)
+		return nil, err
 	}
 	l := newLease(natsLessor{s, b}, key, ttl, asked, r.revision)
 	l.owner = owner

@@ -49,6 +49,7 @@ func (b *bucket) open(c *call, want bucketWant) error {
 	if !info.setup.AllowTTL {
 		return errNoTTL
 	}
+	b.created = info.Created
 	if info.setup.PerKey != 1 && !info.setup.rollup() {
 		return errors.New("the bucket keeps a history and denies purges: a deleted key could come back")
 	}

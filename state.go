@@ -60,7 +60,8 @@ type StateStore interface {
 
 	// Lock acquires a distributed lock with the given TTL, or returns
 	// ErrLockHeld at once if somebody holds it. It returns ErrInvalidKey, and
-	// ErrInvalidTTL if ttl is not positive. Locks are a name space of their
+	// ErrInvalidTTL if ttl is not positive; and ErrLockExpired if the lease has
+	// lapsed by the time that the answer is here, so that it is of no use. Locks are a name space of their
 	// own: they are not seen by Get, Keys or Watch.
 	//
 	// A lock is a lease: it lapses when its TTL passes without a Refresh, by
