@@ -59,6 +59,7 @@ type regOutput struct {
 	value    string // that was read
 	conflict bool   // of regUpdate
 	unknown  bool
+	maybe    bool // of regDelete: it may have found nothing where there was something
 }
 
 // registerModel is a key, sequentially.
@@ -102,6 +103,30 @@ var registerModel = porcupine.Model{
 		return text
 	},
 	DescribeState: func(state any) string { return fmt.Sprintf("%q", state) },
+}
+
+// perhaps returns a deletion as one that may have found nothing.
+func perhaps(op porcupine.Operation) (porcupine.Operation, bool) {
+	if in, ok := op.Input.(regInput); !ok || in.verb != regDelete {
+		return op, false
+	}
+	op.Output = regOutput{maybe: true}
+	return op, true
+}
+
+// lenientRegister is a register that some deletions may have failed to see.
+var lenientRegister = porcupine.NondeterministicModel{
+	Init: func() []any { return []any{""} },
+	Step: func(state, input, output any) []any {
+		if output.(regOutput).maybe && state != "" {
+			return []any{state, ""}
+		}
+		if ok, next := registerModel.Step(state, input, output); ok {
+			return []any{next}
+		}
+		return nil
+	},
+	DescribeOperation: registerModel.DescribeOperation,
 }
 
 // A lockVerb is an operation on a lock.
@@ -278,22 +303,34 @@ func (v *verdict) checkOne(what string, model porcupine.Model, ops []porcupine.O
 		v.undecided++
 		return
 	}
-	// Without the reads that were made in a window it must make sense. Then
-	// put them back one by one, to see which of them do not.
+	// Without the reads that were made in a window it must make sense, where
+	// deletions may have been reads as well. Then put them back one by one, to
+	// see which of them do not.
 	var kept, suspects []porcupine.Operation
 	since := map[int]time.Duration{}
 	for _, op := range ops {
-		if w := slices.IndexFunc(windows, func(w window) bool { return op.Return >= w.from && op.Call <= w.to }); w >= 0 && reads(op) {
-			since[len(suspects)] = time.Duration(op.Return - windows[w].from)
-			suspects = append(suspects, op)
-		} else {
+		w := slices.IndexFunc(windows, func(w window) bool { return op.Return >= w.from && op.Call <= w.to })
+		if w < 0 || !reads(op) {
 			kept = append(kept, op)
+			continue
+		}
+		since[len(suspects)] = time.Duration(op.Return - windows[w].from)
+		suspects = append(suspects, op)
+		if maybe, ok := perhaps(op); ok {
+			kept = append(kept, maybe)
 		}
 	}
-	if len(suspects) > 0 && porcupine.CheckOperationsTimeout(model, kept, limit) == porcupine.Ok {
+	lenient := model
+	if _, ok := ops[0].Input.(regInput); ok {
+		lenient = lenientRegister.ToModel()
+	}
+	if len(suspects) > 0 && porcupine.CheckOperationsTimeout(lenient, kept, limit) == porcupine.Ok {
 		for i, op := range suspects {
 			with := append(slices.Clone(kept), op)
-			if porcupine.CheckOperationsTimeout(model, with, limit) == porcupine.Ok {
+			if maybe, ok := perhaps(op); ok {
+				with = slices.DeleteFunc(with, func(other porcupine.Operation) bool { return other == maybe })
+			}
+			if porcupine.CheckOperationsTimeout(lenient, with, limit) == porcupine.Ok {
 				kept = with
 				continue
 			}

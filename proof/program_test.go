@@ -62,14 +62,14 @@ var (
 			24 * time.Hour, 1<<63 - 1, -1, -time.Hour},
 		sleeps: []time.Duration{1, time.Microsecond, 5 * time.Millisecond, 10 * time.Millisecond, time.Second, time.Minute - time.Second, time.Hour, 25 * time.Hour},
 		leases: []time.Duration{1, 10 * time.Millisecond, time.Second, time.Minute, time.Hour, 1<<63 - 1, 0, -1},
-		steps:  80,
+		steps:  40,
 	}
 	// In real time deadlines are either far away or clearly passed.
 	realTime = profile{
 		ttls:   []time.Duration{0, 0, 0, shortTTL, shortTTL + 1, time.Hour, 1<<63 - 1, -1},
 		sleeps: []time.Duration{shortTTL},
 		leases: []time.Duration{shortTTL, shortTTL, shortTTL, time.Hour, 1<<63 - 1, 0},
-		steps:  40,
+		steps:  20,
 	}
 )
 
@@ -89,7 +89,7 @@ var (
 )
 
 func (p profile) program() *rapid.Generator[[]step] {
-	return rapid.SliceOfN(rapid.Custom(func(t *rapid.T) step {
+	one := rapid.Custom(func(t *rapid.T) step {
 		s := step{verb: rapid.SampledFrom(verbs).Draw(t, "verb"), client: rapid.IntRange(0, 2).Draw(t, "client")}
 		// Most keys are good ones, and few.
 		s.key = rapid.SampledFrom(slices.Concat(someKeys[:5], someKeys[:3], someKeys)).Draw(t, "key")
@@ -110,7 +110,14 @@ func (p profile) program() *rapid.Generator[[]step] {
 			s.ttl = rapid.SampledFrom(p.sleeps).Draw(t, "time")
 		}
 		return s
-	}), 1, p.steps)
+	})
+	// Slices are mostly short, so a program is several of them.
+	return rapid.Custom(func(t *rapid.T) (program []step) {
+		for range 5 {
+			program = append(program, rapid.SliceOfN(one, 0, p.steps).Draw(t, "steps")...)
+		}
+		return program
+	})
 }
 
 // A machine runs programs on a store, step by step beside the model.
@@ -514,7 +521,7 @@ var checksGiven = sync.OnceValue(func() (given bool) {
 
 // TestMemoryStoreModel runs random programs on a MemoryStore, in bubbles.
 func TestMemoryStoreModel(t *testing.T) {
-	checks(20_000)
+	checks(5_000)
 	rapid.Check(t, func(rt *rapid.T) {
 		program := bubble.program().Draw(rt, "program")
 		var err error
