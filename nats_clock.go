@@ -1,0 +1,82 @@
+package state
+
+import (
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// A serverClock estimates the clock of the stream's leader from below: it may
+// be late, by the time that an answer took to arrive, and it is never early.
+// Between samples it follows the local monotonic clock, so that neither the
+// offset of the local wall clock nor its steps matter.
+type serverClock struct {
+	mu         sync.Mutex // guards what follows
+	base       moment     // the server's clock, when
+	at         time.Time  // its answer arrived
+	trip       time.Duration
+	reconnects uint64
+}
+
+const (
+	sampleLife = 10 * time.Second
+	// maxDrift is by how much clocks may run at different speeds: 1 in so many.
+	maxDrift = 5000
+)
+
+// set takes a sample: base was the server's time after asked.
+func (c *serverClock) set(base moment, asked time.Time, reconnects uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	if c.reconnects == reconnects && now.Sub(c.at) < sampleLife {
+		// Both are lower bounds: the higher one is the better one.
+		if old := c.estimate(now); old > base {
+			return
+		}
+	}
+	c.base, c.at, c.trip, c.reconnects = base, now, now.Sub(asked), reconnects
+}
+
+// observe takes note of the time at which the server wrote something that has
+// arrived here: its clock is past that. A time that the clock cannot have got
+// to is another server's, and tells nothing.
+func (c *serverClock) observe(written moment) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	ahead := written - c.estimate(now)
+	if ahead > 0 && ahead <= c.slack(now) {
+		c.base += ahead
+		c.trip -= min(c.trip, time.Duration(ahead))
+	}
+}
+
+func (c *serverClock) estimate(now time.Time) moment {
+	passed := now.Sub(c.at)
+	return c.base + moment(passed-passed/maxDrift)
+}
+
+// slack returns by how much the server's clock may be past the estimate.
+func (c *serverClock) slack(now time.Time) moment {
+	return moment(c.trip + 2*now.Sub(c.at)/maxDrift)
+}
+
+// now returns the lower bound of the server's clock.
+func (c *serverClock) now() moment {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.estimate(time.Now())
+}
+
+// read returns the lower bound, by how much the server's clock may be past it,
+// and whether the sample is old.
+func (c *serverClock) read(nc *nats.Conn) (now moment, slack moment, stale bool) {
+	reconnects := nc.Stats().Reconnects
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	local := time.Now()
+	stale = local.Sub(c.at) > sampleLife || c.reconnects != reconnects
+	return c.estimate(local), c.slack(local), stale
+}
