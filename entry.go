@@ -38,17 +38,10 @@ func (m moment) outlives(other moment) bool {
 
 // An entry is one revision of a key's value.
 type entry struct {
-	value    []byte // never nil, never changed
+	value    []byte // never nil
 	revision uint64
 	created  moment
 	modified moment
-}
-
-// keyValue returns e as the caller's own copy.
-func (e *entry) keyValue(key string) *KeyValue {
-	kv := e.event(key)
-	kv.Value = cloneBytes(kv.Value)
-	return kv
 }
 
 // event returns e as an event, which shares its value.
