@@ -227,8 +227,9 @@ func (b *bucket) expired(c *call, deadline moment) bool {
 	if deadline == 0 {
 		return false
 	}
-	now, slack, stale := b.clock.read(b.nc)
-	if stale && deadline.passed(now+slack) {
+	now, slack, age := b.clock.read(b.nc)
+	surely, maybe := deadline.passed(now), deadline.passed(now+slack)
+	if maybe && (age >= sampleLife || !surely && age > freshSample) {
 		if _, err := b.info(c); err == nil {
 			now, _, _ = b.clock.read(b.nc)
 		}

@@ -20,7 +20,11 @@ type serverClock struct {
 }
 
 const (
-	sampleLife = 10 * time.Second
+	// sampleLife is after what time a sample is too old to decide that
+	// something has expired, and freshSample up to what age no newer one is
+	// needed where it is a close thing.
+	sampleLife  = 10 * time.Second
+	freshSample = 100 * time.Millisecond
 	// maxDrift is by how much clocks may run at different speeds: 1 in so many.
 	maxDrift = 5000
 )
@@ -30,13 +34,17 @@ func (c *serverClock) set(base moment, asked time.Time, reconnects uint64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now()
+	trip := now.Sub(asked)
 	if c.reconnects == reconnects && now.Sub(c.at) < sampleLife {
-		// Both are lower bounds: the higher one is the better one.
-		if old := c.estimate(now); old > base {
-			return
+		// Each sample bounds the clock from below and from above: the closer
+		// bounds are the better ones, if they agree.
+		lower, upper := c.estimate(now), c.estimate(now)+c.slack(now)
+		lower, upper = max(lower, base), min(upper, base+moment(trip))
+		if lower <= upper {
+			base, trip = lower, time.Duration(upper-lower)
 		}
 	}
-	c.base, c.at, c.trip, c.reconnects = base, now, now.Sub(asked), reconnects
+	c.base, c.at, c.trip, c.reconnects = base, now, trip, reconnects
 }
 
 // observe takes note of the time at which the server wrote something that has
@@ -71,12 +79,14 @@ func (c *serverClock) now() moment {
 }
 
 // read returns the lower bound, by how much the server's clock may be past it,
-// and whether the sample is old.
-func (c *serverClock) read(nc *nats.Conn) (now moment, slack moment, stale bool) {
+// and the age of the sample, which is that of an old one after a reconnect.
+func (c *serverClock) read(nc *nats.Conn) (now, slack moment, age time.Duration) {
 	reconnects := nc.Stats().Reconnects
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	local := time.Now()
-	stale = local.Sub(c.at) > sampleLife || c.reconnects != reconnects
-	return c.estimate(local), c.slack(local), stale
+	if age = local.Sub(c.at); c.reconnects != reconnects {
+		age = max(age, sampleLife)
+	}
+	return c.estimate(local), c.slack(local), age
 }

@@ -374,7 +374,7 @@ func (w *natsWatch) expire(ctx context.Context) error {
 		return nil
 	}
 	now := w.b.clock.now()
-	if _, _, stale := w.b.clock.read(w.s.nc); stale {
+	if _, _, age := w.b.clock.read(w.s.nc); age >= sampleLife {
 		if _, err := w.b.info(newCall(ctx)); err != nil {
 			return err
 		}
