@@ -17,6 +17,10 @@ var (
 
 func TestMain(m *testing.M) {
 	flag.Parse()
+	checks(slowChecks)
+	if f := flag.Lookup("test.parallel"); f != nil {
+		_ = f.Value.Set("64") // most of them wait most of the time
+	}
 	code := m.Run()
 	if binaryDir != "" {
 		_ = os.RemoveAll(binaryDir)

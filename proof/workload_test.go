@@ -277,7 +277,9 @@ func (l *load) useLocks(ctx context.Context, client int, s state.StateStore) {
 			l.hold(ctx, client, name, ttl, call, lock)
 		case err == state.ErrLockHeld:
 			l.lock(client, name, lockInput{verb: lockHeld}, call, l.now(), false)
-		case l.unexpected("lock", err):
+		case err == state.ErrLockExpired || l.unexpected("lock", err):
+			// It may have been held for a while, or will be. (ErrLockExpired says
+			// that the lease had lapsed before it could be handed over.)
 			token := uint64(nobodyKnows) + uint64(client)<<32 + uint64(n)
 			l.lock(client, name, lockInput{lockTake, token}, call, never, true)
 			l.lock(client, name, lockInput{lockLapse, token}, call+int64(ttl), never, false)
@@ -309,8 +311,16 @@ func (l *load) hold(ctx context.Context, client int, name string, ttl time.Durat
 	if rand.IntN(3) == 0 {
 		refreshes = 1 + rand.IntN(3)
 	}
+	sleeper := rand.IntN(20) == 0 // it refreshes when it is too late
+	if sleeper {
+		refreshes = 1
+	}
 	for range refreshes {
-		l.rest(ctx, rand.N(ttl/2))
+		if sleeper {
+			l.rest(ctx, 2*ttl)
+		} else {
+			l.rest(ctx, rand.N(ttl/2))
+		}
 		call := l.now()
 		err := lock.Refresh()
 		ret := l.now()
