@@ -90,7 +90,7 @@ var watchCases = []conformanceCase{
 		assert.True(t, expiry.Created.IsZero())
 		assert.True(t, expiry.Modified.Equal(put.Modified.Add(200*time.Millisecond)), "its time is the deadline")
 		eventually(t, func() bool { _, err := a.Get("k"); return err != nil }, "expiry") // maybe a round trip later
-		require.NoError(t, a.Delete("k")) // silent: it is gone already
+		require.NoError(t, a.Delete("k"))                                                // silent: it is gone already
 		tellsNext(t, a, events, "k")
 	}},
 	{"watch-expiry-of-the-old", "expiries are told for values put before the watch began too", func(t *testing.T, dial func() StateStore) {

@@ -327,6 +327,7 @@ func TestKilledServer(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs a real server process, and seconds")
 	}
+	t.Parallel()
 	p := startProcess(t)
 	nc := connect(t, p.url())
 	ctx := context.Background()
@@ -391,6 +392,7 @@ func TestKilledServer(t *testing.T) {
 // from whichever server. With direct gets, which any replica answers, 12 to 19
 // of 100 do not.
 func TestReplicatedReads(t *testing.T) {
+	t.Parallel()
 	c := startCluster(t)
 	var stores []*NATSStore
 	for _, srv := range c.servers {
@@ -459,6 +461,7 @@ func TestReplacedAroundExpiry(t *testing.T) {
 	if testing.Short() {
 		t.Skip("20,000 writes")
 	}
+	t.Parallel()
 	c := startCluster(t)
 	var stores []*NATSStore
 	for _, srv := range c.servers {
@@ -507,6 +510,7 @@ func TestReplacedBesideMarkers(t *testing.T) {
 	if testing.Short() {
 		t.Skip("a cluster")
 	}
+	t.Parallel()
 	c := startCluster(t)
 	ctx := context.Background()
 	kv, err := newJetStream(t, connect(t, c.servers[0].ClientURL())).CreateKeyValue(ctx, jetstream.KeyValueConfig{

@@ -20,6 +20,7 @@ func mustKV(t testing.TB, nc *nats.Conn, bucket string) jetstream.KeyValue {
 
 // TestOthersReadOurs: what the store writes, nats.go's KeyValue reads.
 func TestOthersReadOurs(t *testing.T) {
+	t.Parallel()
 	nc := connect(t, startServer(t, nil).ClientURL())
 	ctx := context.Background()
 	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b", History: 5})
@@ -65,6 +66,7 @@ func TestOthersReadOurs(t *testing.T) {
 
 // TestWeReadOthers: the other way round, deletes and purges included.
 func TestWeReadOthers(t *testing.T) {
+	t.Parallel()
 	nc := connect(t, startServer(t, nil).ClientURL())
 	ctx := context.Background()
 	js := newJetStream(t, nc)
@@ -123,6 +125,7 @@ func TestWeReadOthers(t *testing.T) {
 
 // TestLegacyClient: nats.go's older API, on which the nats command was built.
 func TestLegacyClient(t *testing.T) {
+	t.Parallel()
 	nc := connect(t, startServer(t, nil).ClientURL())
 	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
 	js, err := nc.JetStream()
@@ -145,6 +148,7 @@ func TestLegacyClient(t *testing.T) {
 // TestLocksAreShown: any KV tool shows who holds what, and an operator can
 // depose a holder with it.
 func TestLocksAreShown(t *testing.T) {
+	t.Parallel()
 	srv := startServer(t, nil)
 	nc := connect(t, srv.ClientURL())
 	ctx := context.Background()

@@ -54,6 +54,7 @@ func TestLateLockRequests(t *testing.T) {
 // TestTakeOver: the next holder gets a crashed one's lock no earlier than the
 // lease's end, and soon after it, for leases of all lengths.
 func TestTakeOver(t *testing.T) {
+	t.Parallel()
 	srv := startServer(t, nil)
 	a := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
 	b := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
@@ -177,6 +178,7 @@ func TestMutualExclusionUnderFaults(t *testing.T) {
 	if testing.Short() {
 		t.Skip("a cluster and its elections")
 	}
+	t.Parallel()
 	c := startCluster(t)
 	setUp := openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[0].ClientURL()), Bucket: "b", Replicas: 3})
 	require.NoError(t, mustLock(t, setUp, "warm", time.Minute).Unlock())
@@ -267,7 +269,7 @@ func TestMutualExclusionUnderFaults(t *testing.T) {
 	t.Logf("%d cycles, %d crashes, %d calls that failed", cycles.Load(), crashes.Load(), failures.Load())
 	assert.Zero(t, violations.Load(), "violations of mutual exclusion")
 	assert.Zero(t, regress.Load(), "tokens that did not grow")
-	assert.Greater(t, cycles.Load(), int64(500))
+	assert.Greater(t, cycles.Load(), int64(50), "hardly anybody got the lock")
 }
 
 // TestLocksOutliveKill: a lease and a release outlive a kill -9 of the server.

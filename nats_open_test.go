@@ -148,6 +148,7 @@ func TestBindLeavesWhatTheOperatorSet(t *testing.T) {
 }
 
 func TestBindLeavesReplicas(t *testing.T) {
+	t.Parallel()
 	c := startCluster(t)
 	nc := connect(t, c.servers[0].ClientURL())
 	_, err := newJetStream(t, nc).CreateKeyValue(context.Background(), jetstream.KeyValueConfig{Bucket: "b", Replicas: 3, Storage: jetstream.MemoryStorage})
@@ -186,6 +187,7 @@ func TestNewBucket(t *testing.T) {
 }
 
 func TestDefaultTTL(t *testing.T) {
+	t.Parallel()
 	nc := connect(t, startServer(t, nil).ClientURL())
 	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b", TTL: 200 * time.Millisecond})
 	events := mustWatch(t, s, "*")
@@ -208,6 +210,7 @@ func TestMaxPayload(t *testing.T) {
 }
 
 func TestMaxBytes(t *testing.T) {
+	t.Parallel()
 	nc := connect(t, startServer(t, nil).ClientURL())
 	_, err := newJetStream(t, nc).CreateKeyValue(context.Background(), jetstream.KeyValueConfig{Bucket: "b", MaxBytes: 8 << 10})
 	require.NoError(t, err)
@@ -225,6 +228,7 @@ func TestMaxBytes(t *testing.T) {
 // TestMaxAgeBucket: a bucket's own TTL is the longest life of an entry, and
 // ends it as its own TTL would.
 func TestMaxAgeBucket(t *testing.T) {
+	t.Parallel()
 	nc := connect(t, startServer(t, nil).ClientURL())
 	_, err := newJetStream(t, nc).CreateKeyValue(context.Background(), jetstream.KeyValueConfig{Bucket: "b", TTL: time.Second})
 	require.NoError(t, err)
@@ -250,6 +254,7 @@ func TestMaxAgeBucket(t *testing.T) {
 // TestMarkerBucket: a bucket with delete markers keeps them, and the store
 // takes the server's markers for the expiries that they are.
 func TestMarkerBucket(t *testing.T) {
+	t.Parallel()
 	nc := connect(t, startServer(t, nil).ClientURL())
 	ctx := context.Background()
 	kv, err := newJetStream(t, nc).CreateKeyValue(ctx, jetstream.KeyValueConfig{Bucket: "b", LimitMarkerTTL: time.Minute})

@@ -1,11 +1,23 @@
 package state
 
 import (
+	"flag"
+	"os"
 	"sync/atomic"
 	"testing"
 
 	"github.com/nats-io/nats-server/v2/server"
 )
+
+// TestMain has more tests run at a time than there are processors: they spend
+// their time waiting, for deadlines and for servers.
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		panic(err)
+	}
+	os.Exit(m.Run())
+}
 
 func TestNATSStoreConformance(t *testing.T) {
 	testConformance(t, natsBackend(1, startServer(t, nil)))

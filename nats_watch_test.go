@@ -132,6 +132,7 @@ func TestWatchOutlivesRestart(t *testing.T) {
 // TestWatchOutlivesCuts: while the watch's connection is cut or stalled others
 // write, delete, and let expire; afterwards it tells how things stand.
 func TestWatchOutlivesCuts(t *testing.T) {
+	t.Parallel()
 	srv := startServer(t, nil)
 	s, p := viaProxy(t, srv.ClientURL(), "b", 1)
 	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
@@ -185,6 +186,7 @@ func TestWatchOnReplicas(t *testing.T) {
 	if testing.Short() {
 		t.Skip("a cluster and its elections")
 	}
+	t.Parallel()
 	c := startCluster(t)
 	urls := func(first int) string {
 		var all []string
@@ -237,6 +239,7 @@ func TestWatchOnReplicas(t *testing.T) {
 // Either the entry was refreshed in time, and no expiry is told, or it expired
 // and is a new one.
 func TestWatchRefreshedAtTheDeadline(t *testing.T) {
+	t.Parallel()
 	for replicas, servers := range map[int][]*server.Server{1: {startServer(t, nil)}, 3: startCluster(t).servers} {
 		t.Run(fmt.Sprint(replicas, " replicas"), func(t *testing.T) {
 			const ttl = 50 * time.Millisecond
