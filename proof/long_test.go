@@ -12,6 +12,7 @@ import (
 var (
 	long = flag.Duration("long", 0, "for how long TestLong goes on, which is skipped if it is 0")
 	each = flag.Duration("each", 20*time.Second, "for how long TestLong runs one scenario at a time")
+	stop = flag.Bool("stop", false, "whether TestLong ends with the first failure")
 	only = flag.String("only", "", "the one scenario that TestLong runs")
 )
 
@@ -41,14 +42,14 @@ func TestLong(t *testing.T) {
 	}
 	began := time.Now()
 	var total result
-	for round := 1; time.Since(began) < *long; round++ {
+	for round := 1; time.Since(began) < *long && !(*stop && t.Failed()); round++ {
 		for _, sc := range scenarios {
 			if *only != "" && sc.name != *only {
 				continue
 			}
 			t.Run(sc.name, func(t *testing.T) { total.add(sc.run(t, *each)) })
 			t.Logf("after %v, round %d: %v", time.Since(began).Round(time.Second), round, total)
-			if time.Since(began) >= *long {
+			if time.Since(began) >= *long || *stop && t.Failed() {
 				break
 			}
 		}

@@ -27,8 +27,8 @@ type mutation struct {
 	tests []string // of the suite below; each must fail
 }
 
-// An edit replaces the one place where a text is found in a file.
-type edit struct{ file, old, new string }
+// An edit replaces the one place where a text is found in the library.
+type edit struct{ old, new string }
 
 // The tests, by short names.
 var suite = map[string]string{
@@ -47,7 +47,7 @@ var suite = map[string]string{
 // a scenario, which is a history under this load.
 func command(test string) []string {
 	if scenario, ok := strings.CutPrefix(test, "load "); ok {
-		return []string{"proof", "-run", "^TestLong$", "-long", "45s", "-each", "15s", "-only", scenario}
+		return []string{"proof", "-run", "^TestLong$", "-long", "60s", "-each", "12s", "-stop", "-only", scenario}
 	}
 	return strings.Fields(suite[test])
 }
@@ -59,81 +59,82 @@ const (
 )
 
 var mutations = []mutation{
-	{"memory-update-without-cas", []edit{{"memory.go", "if current != *expected {", "if false && current != *expected {"}}, []string{"memory-model", "memory-suite", inMemory}},
-	{"no-cas", []edit{{"nats_entry.go", "	hdr.set(headerExpected, strconv.FormatUint(last.revision, 10))\n", ""}}, []string{oneServer, "deletes", "nats-suite"}},
+	{"memory-update-without-cas", []edit{{"if current != *expected {", "if false && current != *expected {"}}, []string{"memory-model", "memory-suite", inMemory}},
+	{"no-cas", []edit{{"	hdr.set(headerExpected, strconv.FormatUint(last.revision, 10))\n", ""}}, []string{oneServer, "deletes", "nats-suite"}},
 	{"unlock-without-ownership", []edit{
-		{"lock.go", "if l.released || l.lapse(time.Now()) && !l.unsure {", "if l.released {"},
-		{"lock.go", "if err == nil && l.lapsed {", "if false {"},
-		{"memory.go", "held == nil || held.token != l.token || held.deadline.passed(now)", "held == nil"},
-		{"nats_lock.go", "owner != l.owner {", "false && owner != l.owner {"},
+		{"if l.released || l.lapse(time.Now()) && !l.unsure {", "if l.released {"},
+		{"if err == nil && l.lapsed {", "if false {"},
+		{"held == nil || held.token != l.token || held.deadline.passed(now)", "held == nil"},
+		{"owner != l.owner {", "false && owner != l.owner {"},
 	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
+	{"a-lapsed-lock-is-handed-over", []edit{{"	if l.lapse(time.Now()) {\n		_ = l.lessor.release(l)\n		return nil, ErrLockExpired\n	}\n	return l, nil\n", "	return l, nil\n"}}, []string{"load three-servers-routes-stalled"}},
 	{"takeover-before-the-end", []edit{
-		{"nats_lock.go", "!last.deleted && !b.expired(c, last.deadline)", "!last.deleted && !b.expired(c, last.deadline-moment(100*time.Millisecond))"},
-		{"memory.go", "for t := s.lapses.due(now); t != nil; t = s.lapses.due(now) {\n		delete(s.locks, t.key)", "for t := s.lapses.due(now + 5e6); t != nil; t = s.lapses.due(now + 5e6) {\n		delete(s.locks, t.key)"},
+		{"!last.deleted && !b.expired(c, last.deadline)", "!last.deleted && !b.expired(c, last.deadline-moment(100*time.Millisecond))"},
+		{"for t := s.lapses.due(now); t != nil; t = s.lapses.due(now) {\n		delete(s.locks, t.key)", "for t := s.lapses.due(now + 5e6); t != nil; t = s.lapses.due(now + 5e6) {\n		delete(s.locks, t.key)"},
 	}, []string{inMemory, oneServer}},
 	{"refresh-after-the-end", []edit{
-		{"lock.go", "	if l.lapse(asked) {\n		return ErrLockExpired\n	}\n", ""},
-		{"lock.go", "case err == nil && l.lapse(time.Now()):", "case false:"},
-		{"memory.go", "held.token != l.token || held.deadline.passed(now)", "held.token != l.token"},
-		{"nats_lock.go", "if last.deleted || n.b.expired(newCall(context.Background()), last.deadline) {", "if last.deleted {"},
+		{"	if l.lapse(asked) {\n		return ErrLockExpired\n	}\n", ""},
+		{"case err == nil && l.lapse(time.Now()):", "case false:"},
+		{"held.token != l.token || held.deadline.passed(now)", "held.token != l.token"},
+		{"if last.deleted || n.b.expired(newCall(context.Background()), last.deadline) {", "if last.deleted {"},
 	}, []string{"memory-model", "nats-model", oneServer}},
 	{"tokens-that-stay", []edit{
-		{"lock.go", "func (l *lease) Token() uint64 { return l.token }", "func (l *lease) Token() uint64 { return 1 }"},
+		{"func (l *lease) Token() uint64 { return l.token }", "func (l *lease) Token() uint64 { return 1 }"},
 	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
 	{"a-clock-ahead", []edit{ // expiry by the clock of a client that is half a second ahead
-		{"nats_bucket.go", "	return c.base + moment(passed-passed/maxDrift)", "	return moment(time.Now().Add(500*time.Millisecond).UnixNano()) + 0*moment(passed)"},
+		{"	return c.base + moment(passed-passed/maxDrift)", "	return moment(time.Now().Add(500*time.Millisecond).UnixNano()) + 0*moment(passed)"},
 	}, []string{oneServer, "nats-suite"}},
 	{"a-clock-behind", []edit{
-		{"nats_bucket.go", "	return c.base + moment(passed-passed/maxDrift)", "	return moment(time.Now().Add(-5*time.Second).UnixNano()) + 0*moment(passed)"},
+		{"	return c.base + moment(passed-passed/maxDrift)", "	return moment(time.Now().Add(-5*time.Second).UnixNano()) + 0*moment(passed)"},
 	}, []string{"nats-model", "nats-suite"}},
 	{"drop-on-a-full-queue", []edit{
-		{"watch.go", "	if q.len() >= maxWaiting {\n", "	if q.len() >= maxWaiting {\n		return\n	}\n	if false {\n"},
+		{"	if q.len() >= maxWaiting {\n", "	if q.len() >= maxWaiting {\n		return\n	}\n	if false {\n"},
 	}, []string{"fuzz", "memory-suite"}},
 	{"an-older-event-last", []edit{
-		{"watch.go", "			q.events[q.head+n-q.popped] = ev\n", ""},
+		{"			q.events[q.head+n-q.popped] = ev\n", ""},
 	}, []string{"fuzz", "memory-suite"}},
-	{"keys-without-the-leader", []edit{{"nats_list.go", "if last >= upTo {", "if true {"}}, []string{three}},
-	{"keys-that-end-early", []edit{{"nats_list.go", "		case got > 0 || req.Expires > 0:", "		case true:"}, {"nats_list.go", "if last >= upTo {", "if true {"}}, []string{three}},
-	{"reads-from-any-replica", []edit{{"nats_bucket.go", "if setup.Replicas > 1 || !setup.AllowDirect {", "if !setup.AllowDirect {"}}, []string{three, "isolated"}},
+	{"keys-without-the-leader", []edit{{"if last >= upTo {", "if true {"}}, []string{three}},
+	{"keys-that-end-early", []edit{{"		case got > 0 || req.Expires > 0:", "		case true:"}, {"if last >= upTo {", "if true {"}}, []string{three}},
+	{"reads-from-any-replica", []edit{{"if setup.Replicas > 1 || !setup.AllowDirect {", "if !setup.AllowDirect {"}}, []string{three, "isolated"}},
 	{"lost-answers-are-failures", []edit{
-		{"nats_bucket.go", "			doubt, doubtOn, last = err, last.revision, nil\n", "			return record{}, err\n"},
+		{"			doubt, doubtOn, last = err, last.revision, nil\n", "			return record{}, err\n"},
 	}, []string{"load one-server-kills", "load one-server-restarts"}},
 	{"lost-answers-are-tried-anew", []edit{ // as if the first attempt had not been
-		{"nats_bucket.go", "if found.op == do.op {", "if false {"},
+		{"if found.op == do.op {", "if false {"},
 	}, []string{"load one-server-clients-cut"}},
-	{"expired-is-visible", []edit{{"nats.go", "r.deleted || s.data.expired(c, r.deadline)", "r.deleted"}}, []string{"nats-model", "both-model"}},
+	{"expired-is-visible", []edit{{"r.deleted || s.data.expired(c, r.deadline)", "r.deleted"}}, []string{"nats-model", "both-model"}},
 	{"ttl-cut-to-seconds", []edit{
-		{"nats_entry.go", "broom = (broom + time.Second - 1).Truncate(time.Second)", "broom = max(broom, time.Second).Truncate(time.Second)"},
+		{"broom = (broom + time.Second - 1).Truncate(time.Second)", "broom = max(broom, time.Second).Truncate(time.Second)"},
 	}, []string{oneServer}},
 	{"watch-forgets-expiries", []edit{
-		{"nats_watch.go", "	if w.source == nil {\n		return nil\n	}\n	now := w.b.clock.now()\n", "	if true {\n		return nil\n	}\n	now := w.b.clock.now()\n"},
-		{"memory.go", "		s.remove(it, it.revision, it.deadline)\n", "		delete(s.items, it.key)\n"},
+		{"	if w.source == nil {\n		return nil\n	}\n	now := w.b.clock.now()\n", "	if true {\n		return nil\n	}\n	now := w.b.clock.now()\n"},
+		{"		s.remove(it, it.revision, it.deadline)\n", "		delete(s.items, it.key)\n"},
 	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
 	{"watch-forgets-what-it-missed", []edit{
-		{"nats_watch.go", "w.b.filter(w.pattern), w.cursor+1, false", "w.b.filter(w.pattern), info.State.LastSeq+1, false"},
+		{"w.b.filter(w.pattern), w.cursor+1, false", "w.b.filter(w.pattern), info.State.LastSeq+1, false"},
 	}, []string{"load one-server-clients-cut"}},
 	{"watch-tells-early-expiries", []edit{
-		{"nats_watch.go", "	now := w.b.clock.now()\n	if _, _, stale := w.b.clock.read(w.s.nc); stale {", "	now := w.b.clock.now() + moment(time.Second)\n	if _, _, stale := w.b.clock.read(w.s.nc); stale {"},
-		{"nats_watch.go", "time.Duration(next-w.b.clock.now())", "time.Duration(next-w.b.clock.now())-time.Second"},
+		{"	now := w.b.clock.now()\n	if _, _, age := w.b.clock.read(w.s.nc); age >= sampleLife {", "	now := w.b.clock.now() + moment(time.Second)\n	if _, _, age := w.b.clock.read(w.s.nc); age < 0 {"},
+		{"time.Duration(next-w.b.clock.now())", "time.Duration(next-w.b.clock.now())-time.Second"},
 	}, []string{"nats-suite"}},
 	{"created-not-kept", []edit{
-		{"nats_entry.go", "		next.created = last.created\n", "		_ = last.created\n"},
-		{"memory.go", "	it.revision, it.modified = s.revision, now\n", "	it.revision, it.modified, it.created = s.revision, now, now\n"},
+		{"		next.created = last.created\n", "		_ = last.created\n"},
+		{"	it.revision, it.modified = s.revision, now\n", "	it.revision, it.modified, it.created = s.revision, now, now\n"},
 	}, []string{"memory-model", "nats-model", "memory-suite", "nats-suite"}},
 	{"created-kept-too-long", []edit{
-		{"nats_entry.go", "moment(created) < written && !moment(replaced).passed(written)", "moment(created) < written && replaced >= 0"},
+		{"moment(created) < written && !moment(replaced).passed(written)", "moment(created) < written && replaced >= 0"},
 	}, []string{"fuzz"}},
 	{"delete-writes-always", []edit{
-		{"nats.go", "		if !last.exists(now) {\n			return nil, record{}, errNothing\n		}\n", ""},
+		{"		if !last.exists(now) {\n			return nil, record{}, errNothing\n		}\n", ""},
 	}, []string{"nats-model", "both-model"}},
 	{"star-without-the-empty-rest", []edit{
-		{"pattern.go", "	if p.wild {\n		return strings.HasPrefix(key, p.prefix)\n", "	if p.wild {\n		return strings.HasPrefix(key, p.prefix) && len(key) > len(p.prefix)\n"},
+		{"	if p.wild {\n		return strings.HasPrefix(key, p.prefix)\n", "	if p.wild {\n		return strings.HasPrefix(key, p.prefix) && len(key) > len(p.prefix)\n"},
 	}, []string{"fuzz", "nats-model"}},
-	{"double-dots", []edit{{"pattern.go", "if !keyByte[c] || c == '.' && last == '.' {", "if !keyByte[c] {"}}, []string{"fuzz", "memory-model"}},
-	{"headers-are-trusted", []edit{{"nats_entry.go", "if created > 0 && moment(created) < written &&", "if created != 0 &&"}}, []string{"fuzz"}},
-	{"deliveries-misread", []edit{{"nats_entry.go", "tokens = tokens[7:]", "tokens = tokens[6:]"}}, []string{"fuzz"}},
-	{"errors-read-as-acknowledgements", []edit{{"nats_bucket.go", "bytes.Contains(ack, []byte(`\"error\":`))", "bytes.Contains(ack, []byte(`\"none\":`))"}}, []string{"fuzz"}},
-	{"values-are-shared", []edit{{"entry.go", "	return append(make([]byte, 0, len(b)), b...)", "	if b == nil {\n		return []byte{}\n	}\n	return b"}}, []string{"memory-suite"}},
+	{"double-dots", []edit{{"if !keyByte[c] || c == '.' && last == '.' {", "if !keyByte[c] {"}}, []string{"fuzz", "memory-model"}},
+	{"headers-are-trusted", []edit{{"created > 0 && moment(created) < written && !moment(replaced)", "created != 0 && !moment(replaced)"}}, []string{"fuzz"}},
+	{"deliveries-misread", []edit{{"tokens = tokens[7:]", "tokens = tokens[6:]"}}, []string{"fuzz"}},
+	{"errors-read-as-acknowledgements", []edit{{"bytes.Contains(ack, []byte(`\"error\":`))", "bytes.Contains(ack, []byte(`\"none\":`))"}}, []string{"fuzz"}},
+	{"values-are-shared", []edit{{"	return append(make([]byte, 0, len(b)), b...)", "	if b == nil {\n		return []byte{}\n	}\n	return b"}}, []string{"memory-suite"}},
 }
 
 var (
@@ -202,17 +203,30 @@ func wanted(name string) bool {
 // apply makes the edits. A text that is not found, or found twice, is an error:
 // then the mutation is out of date.
 func (m mutation) apply(dir string) error {
+	files, err := filepath.Glob(filepath.Join(dir, "*.go"))
+	if err != nil {
+		return err
+	}
 	for _, e := range m.edits {
-		path := filepath.Join(dir, e.file)
-		text, err := os.ReadFile(path)
-		if err != nil {
-			return err
+		found := 0
+		for _, file := range files {
+			if strings.HasSuffix(file, "_test.go") {
+				continue
+			}
+			text, err := os.ReadFile(file)
+			if err != nil {
+				return err
+			}
+			n := bytes.Count(text, []byte(e.old))
+			if found += n; n != 1 {
+				continue
+			}
+			if err := os.WriteFile(file, bytes.Replace(text, []byte(e.old), []byte(e.new), 1), 0o600); err != nil {
+				return err
+			}
 		}
-		if n := bytes.Count(text, []byte(e.old)); n != 1 {
-			return fmt.Errorf("%s has %q %d times", e.file, e.old, n)
-		}
-		if err := os.WriteFile(path, bytes.Replace(text, []byte(e.old), []byte(e.new), 1), 0o600); err != nil {
-			return err
+		if found != 1 {
+			return fmt.Errorf("%q was found %d times", e.old, found)
 		}
 	}
 	return nil
