@@ -416,6 +416,9 @@ func (v *verdict) checkGrants(name string, grants []*grant) {
 				v.faults = append(v.faults, fmt.Sprintf("lock %s: client %d got it (token %d) at %.6f while client %d (token %d, since %.6f) could rely on it until %.6f",
 					name, next.client, next.token, float64(next.ret)/1e9, g.client, g.token, float64(g.ret)/1e9, float64(g.until)/1e9))
 			}
+			if next.token < g.token && next.ret-g.ret > int64(50*time.Millisecond) {
+				v.faults = append(v.faults, fmt.Sprintf("lock %s: token %d was handed out at %.6f, when token %d had been since %.6f", name, next.token, float64(next.ret)/1e9, g.token, float64(g.ret)/1e9))
+			}
 			if next.call > g.ret && next.token <= g.token || next.token == g.token {
 				v.faults = append(v.faults, fmt.Sprintf("lock %s: token %d was given after %d", name, next.token, g.token))
 			}

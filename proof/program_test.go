@@ -206,6 +206,7 @@ func (m *machine) run(program []step) (err error) {
 		for range w.events {
 			return fmt.Errorf("an event after Close")
 		}
+		w.ended = true // nothing is told any more
 	}
 	for _, verb := range []string{"put", "get", "entry", "delete", "update", "keys", "watch", "lock"} {
 		if err := m.step(step{verb: verb, key: "a", ttl: time.Hour}); err != nil {
