@@ -91,10 +91,10 @@ var mutations = []mutation{
 		{"	if q.len() >= maxWaiting {\n", "	if q.len() >= maxWaiting {\n		return\n	}\n	if false {\n"},
 	}, []string{"fuzz", "memory-suite"}},
 	{"an-older-event-last", []edit{
-		{"			q.events[q.head+n-q.popped] = ev\n", ""},
+		{"			q.events[q.head+n-q.popped] = ev\n", "			_ = n\n"},
 	}, []string{"fuzz", "memory-suite"}},
-	{"keys-without-the-leader", []edit{{"if last >= upTo {", "if true {"}}, []string{three}},
-	{"keys-that-end-early", []edit{{"		case got > 0 || req.Expires > 0:", "		case true:"}, {"if last >= upTo {", "if true {"}}, []string{three}},
+	{"keys-without-the-leader", []edit{{"if last >= upTo {", "if true || last >= upTo {"}}, []string{three}},
+	{"keys-that-end-early", []edit{{"		case got > 0 || req.Expires > 0:", "		case true:"}, {"if last >= upTo {", "if true || last >= upTo {"}}, []string{three}},
 	{"reads-from-any-replica", []edit{{"if setup.Replicas > 1 || !setup.AllowDirect {", "if !setup.AllowDirect {"}}, []string{three, "isolated"}},
 	{"lost-answers-are-failures", []edit{
 		{"			doubt, doubtOn, last = err, last.revision, nil\n", "			return record{}, err\n"},
