@@ -130,16 +130,31 @@ func natsGroup(r *run) error {
 			return err
 		}
 	}
-	err = r.add("Put, own key", p, []float64{1.05},
+	return r.add("Put, own key", p, []float64{1.05},
 		timed(us, func() error { return s.Put(ours(), value, 0) }),
 		timed(kvGo+" Update", func() (err error) {
 			key := next()
 			revisions[key], err = kvWithTTL.Update(ctx, key, value, revisions[key])
 			return err
 		}))
+}
+
+// newKeysGroup compares Puts of new keys and with a TTL.
+func newKeysGroup(r *run) error {
+	s, _, err := r.openStore("state-new")
 	if err != nil {
 		return err
 	}
+	kv, _, err := r.openKV("peer-new", 0)
+	if err != nil {
+		return err
+	}
+	kvWithTTL, _, err := r.openKV("peer-new-ttl", kvTTL)
+	if err != nil {
+		return err
+	}
+	p := r.plan(4)
+	ours, theirs := among(1000), among(1000)
 	fresh, freshKV := counter("new"), counter("new")
 	err = r.add("Put, new key", p, []float64{1.05},
 		timed(us, func() error { return s.Put(fresh(), value, 0) }),
@@ -231,7 +246,7 @@ func throughputGroup(r *run) error {
 			return err
 		}
 	}
-	p := r.plan(10)
+	p := r.plan(5)
 	p.chunk *= 5
 	p.rounds = max(p.rounds/5, 5)
 	echo := together("echo", func(int) error { _, err := nc.Request("echo", value, 5*time.Second); return err })

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"fmt"
 	"html"
 	"math"
@@ -107,29 +106,54 @@ func cpu() string {
 	return name
 }
 
-// markdown writes all that was found.
-func (r *run) markdown() string {
-	var b bytes.Buffer
+const (
+	intro = "Every server is a process of its own on loopback. The contestants take turns of 10 to 100 ms; a ratio, of ours to " +
+		"theirs, is the median over the rounds, in brackets its quartiles. Values have 128 bytes; TTLs are an hour, those of " +
+		"locks 30 seconds. nats-server and etcd write to disk without waiting for it, redis-server keeps nothing."
+	more = " *echo* is a plain NATS request that a responder inside the server sends back. The caches share the caller's " +
+		"slice: who changes the bytes changes the cache. *copying* means that they are made to copy on the way in and out, " +
+		"as MemoryStore does."
+)
+
+// head says what was run, and on what.
+func (r *run) head() string {
 	mode := ""
 	if r.quick {
 		mode = " (quick)"
 	}
-	fmt.Fprintf(&b, "`go -C bench run . -write`%s on %s, %d processors, %s; nats-server %s, nats.go %s, etcd %s.\n\n",
+	return fmt.Sprintf("`go -C bench run . -write`%s on %s, %d processors, Go %s; nats-server %s, nats.go %s, etcd %s.\n\n",
 		mode, cpu(), runtime.NumCPU(), strings.TrimPrefix(runtime.Version(), "go"),
 		version("github.com/nats-io/nats-server/v2"), version("github.com/nats-io/nats.go"), version("go.etcd.io/etcd/server/v3"))
-	b.WriteString("Every server is a process of its own on loopback. The contestants take turns of 10 to 100 ms; a ratio is the " +
-		"median over the rounds, in brackets its quartiles. Values have 128 bytes; TTLs are an hour, those of locks 30 seconds. " +
-		"nats-server and etcd write to disk without waiting for it, redis-server keeps nothing. *echo* is a plain NATS request " +
-		"that a responder inside the server sends back. The other caches share the caller's slice; *copying* means that " +
-		"they are made to copy it on the way in and out, as MemoryStore must.\n\n")
+}
+
+// comparisons writes the table of the rows that keep returns true for.
+func (r *run) comparisons(keep func(row) bool) string {
+	var b strings.Builder
 	b.WriteString("| | ours | compared with | theirs | ratio | target | met |\n|---|--:|---|--:|--:|--:|---|\n")
 	for _, row := range r.rows {
-		fmt.Fprintf(&b, "| %s | %s | %s | %s | %.2f [%.2f, %.2f] | %s | %s |\n", row.name, row.figure(row.our),
-			row.theirs, row.figure(row.their), row.ratio, row.low, row.high, row.bound(), row.verdict())
+		if keep(row) {
+			fmt.Fprintf(&b, "| %s | %s | %s | %s | %.2f [%.2f, %.2f] | %s | %s |\n", row.name, row.figure(row.our),
+				row.theirs, row.figure(row.their), row.ratio, row.low, row.high, row.bound(), row.verdict())
+		}
 	}
 	for _, note := range r.notes {
 		fmt.Fprintf(&b, "\n%s\n", note)
 	}
+	return b.String()
+}
+
+// brief writes what the README shows: what there is a target for, and locks.
+func (r *run) brief() string {
+	return r.head() + intro + " [bench](bench/README.md) has the rest: what the others were made to do, what stands in the way " +
+		"of the targets that are missed, and [how the cost grows](bench/RESULTS.md).\n\n" +
+		r.comparisons(func(row row) bool { return row.target != 0 || strings.HasPrefix(row.name, "Lock") }) +
+		"\n![the ratios, as bars](bench/results.svg)\n"
+}
+
+// full writes all that was found.
+func (r *run) full() string {
+	var b strings.Builder
+	b.WriteString(r.head() + intro + more + "\n\n" + r.comparisons(func(row) bool { return true }))
 	for _, t := range r.tables {
 		fmt.Fprintf(&b, "\n%s:\n\n| %s |\n|%s\n", t.title, strings.Join(t.head, " | "), strings.Repeat("--:|", len(t.head)))
 		for _, row := range t.rows {
@@ -144,22 +168,27 @@ const (
 	end   = "<!-- bench:end -->"
 )
 
-// publish puts the text between the README's marks, or into bench/RESULTS.md if
-// it has none.
-func publish(dir, text string) error {
+// publish writes bench/RESULTS.md and bench/results.svg and, between its marks,
+// the README.
+func (r *run) publish(dir string) error {
+	results := "# Results\n\n![the ratios, as bars](results.svg)\n\n" + r.full()
+	if err := os.WriteFile(filepath.Join(dir, "bench", "RESULTS.md"), []byte(results), 0o644); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "bench", "results.svg"), []byte(r.svg()), 0o644); err != nil {
+		return err
+	}
 	readme := filepath.Join(dir, "README.md")
 	old, err := os.ReadFile(readme)
-	if err != nil && !os.IsNotExist(err) {
+	if err != nil {
 		return err
 	}
 	before, rest, ok := strings.Cut(string(old), begin)
 	_, after, closed := strings.Cut(rest, end)
 	if !ok || !closed {
-		results := filepath.Join(dir, "bench", "RESULTS.md")
-		fmt.Fprintf(os.Stderr, "README.md has no %s and %s: writing %s\n", begin, end, results)
-		return os.WriteFile(results, []byte("# Results\n\n![ratios](results.svg)\n\n"+text), 0o644)
+		return fmt.Errorf("%s has no %s and %s", readme, begin, end)
 	}
-	return os.WriteFile(readme, []byte(before+begin+"\n"+text+end+after), 0o644)
+	return os.WriteFile(readme, []byte(before+begin+"\n"+r.brief()+end+after), 0o644)
 }
 
 // svg draws the ratios as bars on a logarithmic scale, one element a line so
