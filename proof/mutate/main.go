@@ -134,6 +134,7 @@ var mutations = []mutation{
 	{"headers-are-trusted", []edit{{"created > 0 && moment(created) < written && !moment(replaced)", "created != 0 && !moment(replaced)"}}, []string{"fuzz"}},
 	{"deliveries-misread", []edit{{"tokens = tokens[7:]", "tokens = tokens[6:]"}}, []string{"fuzz"}},
 	{"errors-read-as-acknowledgements", []edit{{"bytes.Contains(ack, []byte(`\"error\":`))", "bytes.Contains(ack, []byte(`\"none\":`))"}}, []string{"fuzz"}},
+	{"a-goroutine-that-stays", []edit{{"func NewMemoryStore() *MemoryStore {\n", "func NewMemoryStore() *MemoryStore {\n	go func() { select {} }()\n"}}, []string{"memory-model", inMemory}},
 	{"values-are-shared", []edit{{"	return append(make([]byte, 0, len(b)), b...)", "	if b == nil {\n		return []byte{}\n	}\n	return b"}}, []string{"memory-suite"}},
 }
 
@@ -261,6 +262,9 @@ func check(dir, test string) (by string, err error) {
 	}
 	names := failure.FindAllStringSubmatch(string(out), -1)
 	if len(names) == 0 {
+		if bytes.Contains(out, []byte("unexpected goroutines")) {
+			return "goleak", nil
+		}
 		if bytes.Contains(out, []byte("panic:")) {
 			return "a panic or a time-out", nil
 		}
