@@ -75,9 +75,9 @@ var lockCases = []conformanceCase{
 	}},
 	{"refresh", "Refresh restarts the TTL", func(t *testing.T, dial func() StateStore) {
 		a, b := dial(), dial()
-		l := mustLock(t, a, "l", 500*time.Millisecond)
+		l := mustLock(t, a, "l", 1500*time.Millisecond)
 		for range 6 {
-			time.Sleep(200 * time.Millisecond)
+			time.Sleep(500 * time.Millisecond)
 			require.NoError(t, l.Refresh())
 			_, err := b.Lock("l", time.Minute)
 			refuses(t, ErrLockHeld, err)
@@ -289,10 +289,10 @@ var withLockCases = []conformanceCase{
 	{"with-lock", "WithLock runs fn while it holds the lock and unlocks it after", func(t *testing.T, dial func() StateStore) {
 		a, b := dial(), dial()
 		ran := false
-		err := WithLock(context.Background(), a, "l", 400*time.Millisecond, func(ctx context.Context, token uint64) error {
+		err := WithLock(context.Background(), a, "l", 1500*time.Millisecond, func(ctx context.Context, token uint64) error {
 			ran = true
 			assert.NotZero(t, token)
-			time.Sleep(time.Second) // longer than the lease
+			time.Sleep(2500 * time.Millisecond) // longer than the lease
 			assert.NoError(t, ctx.Err())
 			_, err := b.Lock("l", time.Minute)
 			refuses(t, ErrLockHeld, err)

@@ -95,10 +95,10 @@ var watchCases = []conformanceCase{
 	}},
 	{"watch-expiry-of-the-old", "expiries are told for values put before the watch began too", func(t *testing.T, dial func() StateStore) {
 		a, b := dial(), dial()
-		require.NoError(t, a.Put("k.1", nil, 150*time.Millisecond))
-		require.NoError(t, a.Put("k.2", nil, 250*time.Millisecond))
+		require.NoError(t, a.Put("k.1", nil, 1500*time.Millisecond))
+		require.NoError(t, a.Put("k.2", nil, 2*time.Second))
 		require.NoError(t, a.Put("k.3", nil, 0))
-		require.NoError(t, a.Put("x", nil, 150*time.Millisecond))
+		require.NoError(t, a.Put("x", nil, 1500*time.Millisecond))
 		one, two := mustGet(t, a, "k.1").Revision, mustGet(t, a, "k.2").Revision
 		wide, exact := mustWatch(t, b, "k.*"), mustWatch(t, b, "k.2")
 		first := receive(t, wide)
@@ -119,12 +119,12 @@ var watchCases = []conformanceCase{
 	}},
 	{"watch-refreshed", "a value that was refreshed in time is never told as expired", func(t *testing.T, dial func() StateStore) {
 		a, b := dial(), dial()
-		require.NoError(t, a.Put("k", nil, 400*time.Millisecond))
+		require.NoError(t, a.Put("k", nil, 1500*time.Millisecond))
 		events := mustWatch(t, b, "*")
 		last := mustGet(t, a, "k").Revision
 		for range 8 {
-			time.Sleep(100 * time.Millisecond)
-			require.NoError(t, a.Put("k", nil, 400*time.Millisecond))
+			time.Sleep(400 * time.Millisecond)
+			require.NoError(t, a.Put("k", nil, 1500*time.Millisecond))
 			kv := receive(t, events)
 			require.Equal(t, "put k", brief(kv))
 			require.Greater(t, kv.Revision, last)

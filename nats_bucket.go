@@ -27,6 +27,7 @@ type bucket struct {
 	clock   serverClock
 	known   memo
 	turns   turns
+	noFew   atomic.Bool // a listing of few keys was not answered
 }
 
 // A bucketSetup is what its operator decided.
@@ -53,7 +54,9 @@ type streamInfo struct {
 	Created time.Time       `json:"created"`
 	Now     time.Time       `json:"ts"`
 	State   struct {
-		LastSeq uint64 `json:"last_seq"`
+		LastSeq  uint64 `json:"last_seq"`
+		Messages uint64 `json:"messages"`
+		Bytes    uint64 `json:"bytes"`
 	} `json:"state"`
 	Cluster *struct {
 		Leader string `json:"leader"`
@@ -145,6 +148,7 @@ func (b *bucket) last(c *call, key string) (record, error) {
 // A leader that was cut off answers with what it had then. It is found out if
 // this client knows of something newer.
 func (b *bucket) leaderLast(c *call, key string) (record, error) {
+	var suspect time.Time
 	for {
 		var r record
 		msg, err := b.leaderMsg(c, b.prefix+key)
@@ -156,15 +160,23 @@ func (b *bucket) leaderLast(c *call, key string) (record, error) {
 			return record{}, err
 		}
 		known := b.known.recall(key)
-		if known == nil || known.revision <= r.revision {
+		switch {
+		case known == nil || known.revision <= r.revision, b.setup.Load().Replicas <= 1:
 			return r, nil
+		case r.revision == 0 && !known.exists(b.clock.now()):
+			return r, nil // it has gone since
 		}
-		// Or it was removed, or the stream is another one by now.
+		// Or it was removed by hand, or the stream is another one by now. While
+		// one leader takes over from another they answer in turn: only time
+		// tells.
 		info, err := b.info(c)
 		if err != nil {
 			return record{}, err
 		}
-		if info.State.LastSeq >= known.revision || !b.created.Equal(info.Created) {
+		if suspect.IsZero() {
+			suspect = time.Now()
+		}
+		if !b.created.Equal(info.Created) || info.State.LastSeq >= known.revision && time.Since(suspect) > staleFor {
 			b.known.forget(key)
 			return r, nil
 		}
@@ -173,6 +185,10 @@ func (b *bucket) leaderLast(c *call, key string) (record, error) {
 		}
 	}
 }
+
+// staleFor is for how long an answer is doubted that is older than what is
+// known.
+const staleFor = 1500 * time.Millisecond
 
 var errStaleLeader = errors.New("the stream's leader has not got what it had acknowledged: it was cut off from the others")
 

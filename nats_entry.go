@@ -273,21 +273,30 @@ type delivery struct {
 // or, with a domain and an account hash before the stream, and maybe more
 // tokens at the end, the longer form.
 func parseDelivery(reply string) (d delivery, ok bool) {
-	tokens := strings.Split(reply, ".")
-	switch {
-	case len(tokens) < 9 || tokens[0] != "$JS" || tokens[1] != "ACK":
+	rest, ok := strings.CutPrefix(reply, "$JS.ACK.")
+	if !ok {
 		return d, false
-	case len(tokens) == 9:
-		tokens = tokens[5:]
-	case len(tokens) >= 11:
-		tokens = tokens[7:]
+	}
+	skip := 3 // stream, consumer, tries
+	switch dots := strings.Count(rest, "."); {
+	case dots == 6:
+	case dots >= 8:
+		skip += 2
 	default:
 		return d, false
 	}
-	seq, err1 := strconv.ParseUint(tokens[0], 10, 64)
-	count, err2 := strconv.ParseUint(tokens[1], 10, 64)
-	written, err3 := strconv.ParseInt(tokens[2], 10, 64)
-	return delivery{seq, count, moment(written)}, err1 == nil && err2 == nil && err3 == nil
+	for range skip {
+		_, rest, _ = strings.Cut(rest, ".")
+	}
+	seq, rest, _ := strings.Cut(rest, ".")
+	count, rest, _ := strings.Cut(rest, ".")
+	written, _, _ := strings.Cut(rest, ".")
+	var err1, err2 error
+	d.seq, err1 = strconv.ParseUint(seq, 10, 64)
+	d.count, err2 = strconv.ParseUint(count, 10, 64)
+	at, err3 := strconv.ParseInt(written, 10, 64)
+	d.written = moment(at)
+	return d, err1 == nil && err2 == nil && err3 == nil
 }
 
 // A leaseValue is the value of a lock's record. It is for people to read; what

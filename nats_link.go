@@ -57,13 +57,24 @@ func transient(err error) bool {
 // again, and ends them.
 type call struct {
 	ctx   context.Context
+	begun time.Time
 	end   time.Time
 	pause time.Duration
 	tries int
 }
 
 func newCall(ctx context.Context) *call {
-	return &call{ctx: ctx, end: time.Now().Add(patience), pause: 500 * time.Microsecond}
+	now := time.Now()
+	return &call{ctx: ctx, begun: now, end: now.Add(patience), pause: 500 * time.Microsecond}
+}
+
+// progress gives the call more time, but not for ever: the server answers, and
+// it is others who get on.
+func (c *call) progress() {
+	c.end = time.Now().Add(patience)
+	if last := c.begun.Add(6 * patience); c.end.After(last) {
+		c.end = last
+	}
 }
 
 // again waits for a moment, which is random and grows, and reports whether

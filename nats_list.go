@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -44,14 +45,10 @@ type consumerConfig struct {
 	Memory      bool          `json:"mem_storage"`
 }
 
-// consumerLife is for how long a server keeps a consumer that nobody asks for
-// messages, because its reader is gone without a word.
-const consumerLife = 10 * time.Second
-
 // consume makes a consumer of the messages on the filter's subjects, from a
 // sequence on or, if that is 0, from the first. At most room deliveries may be
-// asked for at a time.
-func (b *bucket) consume(c *call, filter string, from uint64, headersOnly bool, room int) (*consumer, error) {
+// asked for at a time. The server keeps it for life when nobody asks any more.
+func (b *bucket) consume(c *call, filter string, from uint64, headersOnly bool, room int, life time.Duration) (*consumer, error) {
 	r := &consumer{b: b, name: rand.Text(), msgs: make(chan *nats.Msg, room+64)}
 	var err error
 	if r.inbox, err = b.nc.ChanSubscribe(b.nc.NewInbox(), r.msgs); err != nil {
@@ -62,7 +59,7 @@ func (b *bucket) consume(c *call, filter string, from uint64, headersOnly bool, 
 		Config consumerConfig `json:"config"`
 	}{b.stream, consumerConfig{
 		Name: r.name, Deliver: "all", Ack: "none", Replay: "instant", Filter: filter,
-		HeadersOnly: headersOnly, Inactive: consumerLife, Replicas: 1, Memory: true,
+		HeadersOnly: headersOnly, Inactive: life, Replicas: 1, Memory: true,
 	}}
 	if from > 0 {
 		req.Config.Deliver, req.Config.StartSeq = "by_start_sequence", from
@@ -136,9 +133,18 @@ func (b *bucket) key(p pattern, subject string) (string, bool) {
 const (
 	// listBatch is how many keys a listing asks for at a time.
 	listBatch = 16384
-	// listWait is how long a listing waits at the end of the stream, to be sure
-	// that it is the end or for what a replica that lags has not got yet.
-	listWait = 20 * time.Millisecond
+	// listBeat is how long a listing waits at the end of the stream, to be told
+	// that it is the end.
+	listBeat = 50 * time.Millisecond
+	// listLife is for how long the server keeps a listing's consumer. After that
+	// time it ends what looks like a request without use; a listing that takes
+	// half of it does not know any more what the end of one means.
+	listLife = 10 * time.Minute
+	// fewBytes is the most that a listing of few keys may bring of values.
+	fewBytes = 1 << 20
+	// smallMsg is up to which size, on average, messages are cheaper sent as they
+	// are than made anew without their values.
+	smallMsg = 512
 )
 
 // A listed is the last record of a key, without its value.
@@ -162,12 +168,19 @@ func (b *bucket) list(ctx context.Context, p pattern) ([]listed, error) {
 		}
 		return []listed{{p.prefix, r.revision, r.created, r.deadline, r.deleted}}, nil
 	}
-	for c := newCall(ctx); ; {
-		all, err := b.listOnce(ctx, p)
+	for tries := 1; ; tries++ {
+		info, err := b.info(newCall(ctx))
+		if err != nil {
+			return nil, err
+		}
+		if all, ok := b.listFew(ctx, p, info); ok {
+			return tidyList(all), nil
+		}
+		all, err := b.listOnce(ctx, p, info)
 		if err == nil {
 			return tidyList(all), nil
 		}
-		if !errors.Is(err, errStartOver) || !c.again() {
+		if !errors.Is(err, errStartOver) || tries == 5 || !newCall(ctx).again() {
 			return nil, err
 		}
 	}
@@ -184,32 +197,106 @@ func tidyList(all []listed) []listed {
 	return slices.CompactFunc(all, func(x, y listed) bool { return x.key == y.key })
 }
 
+// listFew lists with one request that the server answers from its index, if few
+// keys match. A consumer, which reads on through the stream, costs less for each
+// key but something for every other one that it passes. It reports whether it
+// could: on one replica, where what answers is the leader, and if the answer
+// came whole.
+func (b *bucket) listFew(ctx context.Context, p pattern, info *streamInfo) (all []listed, ok bool) {
+	most := int(min(max(info.State.Messages/32, 64), 1024)) // 1024 is the server's limit
+	if info.setup.Replicas > 1 || !info.setup.AllowDirect || p.prefix == "" || b.noFew.Load() {
+		return nil, false
+	}
+	req, err := json.Marshal(struct {
+		LastOf   []string `json:"multi_last"`
+		Batch    int      `json:"batch"`
+		MaxBytes int      `json:"max_bytes"`
+	}{[]string{b.filter(p)}, most, fewBytes})
+	if err != nil {
+		return nil, false
+	}
+	epoch := b.epoch.Load().ctx
+	msgs := make(chan *nats.Msg, most+1)
+	inbox, err := b.nc.ChanSubscribe(b.nc.NewInbox(), msgs)
+	if err != nil {
+		return nil, false
+	}
+	defer func() { _ = inbox.Unsubscribe() }()
+	if b.nc.PublishRequest("$JS.API.DIRECT.GET."+b.stream, inbox.Subject, req) != nil {
+		return nil, false
+	}
+	timer := time.NewTimer(answerTime)
+	defer timer.Stop()
+	for got, want := 0, 0; ; got++ {
+		var msg *nats.Msg
+		select {
+		case msg = <-msgs:
+		case <-timer.C:
+			// Whoever may not ask should not have to wait for it each time.
+			b.noFew.Store(got == 0)
+			return nil, false
+		case <-epoch.Done():
+			return nil, false
+		case <-ctx.Done():
+			return nil, false
+		}
+		switch msg.Header.Get("Status") {
+		case "":
+		case "204": // the end
+			return all, got > 0 && got == want
+		case "404":
+			return nil, got == 0 && msg.Header.Get("Description") == "No Results"
+		default:
+			return nil, false // too many
+		}
+		if got == 0 {
+			pending, err := strconv.Atoi(msg.Header.Get("Nats-Num-Pending"))
+			if err != nil || pending >= most {
+				return nil, false
+			}
+			want = pending + 1
+		}
+		rec, err := directRecord(msg, info.setup.MaxAge)
+		if err != nil {
+			return nil, false
+		}
+		if key, ok := b.key(p, msg.Header.Get("Nats-Subject")); ok {
+			all = append(all, listed{key, rec.revision, rec.created, rec.deadline, rec.deleted})
+		}
+	}
+}
+
 // errStartOver is for a listing that was cut short by something that passes.
 var errStartOver = errors.New("the listing was cut short")
 
 // listOnce lists with one consumer. That reads the stream from its first
 // message to its last one, so that every key comes: either it stays where it
 // is, or it moves to the end. That the end was reached is what the server says
-// when it ends a request that does not wait, and that had got something or was
-// given a little time; all other signs can err.
+// when it ends a request that does not wait, after it had got something; or
+// when it sends a heartbeat for one that had got nothing. All other signs can
+// err: the number of pending messages, the end of a request's time, and even
+// the end of a request that does not wait, once the server looks whether the
+// consumer is still in use.
 //
 // With replicas the consumer may be on one that lags. The list is complete when
 // it has come to the last message that the leader had before, or to a later one.
-func (b *bucket) listOnce(ctx context.Context, p pattern) (all []listed, err error) {
+func (b *bucket) listOnce(ctx context.Context, p pattern, info *streamInfo) (all []listed, err error) {
 	var (
 		filter = b.filter(p)
-		setup  = b.setup.Load()
+		small  = info.State.Bytes <= smallMsg*info.State.Messages
+		epoch  = b.epoch.Load().ctx
 		upTo   uint64 // what must have come
 		last   uint64 // what has come
 	)
-	if setup.Replicas > 1 {
+	if info.setup.Replicas > 1 {
 		last, err := b.leaderMsg(newCall(ctx), filter)
 		if err != nil || last == nil {
 			return nil, err
 		}
 		upTo = last.Seq
 	}
-	r, err := b.consume(newCall(ctx), filter, 0, true, listBatch)
+	began := time.Now()
+	r, err := b.consume(newCall(ctx), filter, 0, !small, listBatch, listLife)
 	if err != nil {
 		return nil, err
 	}
@@ -219,56 +306,72 @@ func (b *bucket) listOnce(ctx context.Context, p pattern) (all []listed, err err
 	}
 	all = make([]listed, 0, r.info.Pending)
 
-	epoch := b.epoch.Load().ctx
-	timer := time.NewTimer(patience)
-	defer timer.Stop()
-	req := pullRequest{Batch: listBatch, NoWait: true}
-	for waits := 0; waits < 50; {
+	req := pullRequest{Batch: listBatch, NoWait: true, Expires: patience, Heartbeat: listBeat}
+	for waits := 0; ; {
 		if err := r.pull(req); err != nil {
 			return nil, err
 		}
 		got, status := 0, ""
 		for got < req.Batch && status == "" {
-			timer.Reset(patience)
-			var msg *nats.Msg
-			select {
-			case msg = <-r.msgs:
-			case <-timer.C:
-				return nil, b.explain(context.DeadlineExceeded, "$JS.API.CONSUMER.MSG.NEXT."+b.stream)
-			case <-epoch.Done():
-				return nil, fmt.Errorf("%w: %w", errStartOver, nats.ErrDisconnected)
-			case <-ctx.Done():
-				return nil, ctx.Err()
+			msg, err := r.next(ctx, epoch)
+			if err != nil {
+				return nil, err
 			}
 			var d delivery
 			if d, status, err = r.accept(msg); err != nil {
 				return nil, fmt.Errorf("%w: %w", errStartOver, err)
 			}
-			if status != "" {
-				break
+			if status == "100" && got == 0 && last < upTo {
+				// The replica lags: the request waits on for what is missing.
+				if waits++; waits > 40 {
+					return nil, fmt.Errorf("%w: a replica lags", errStartOver)
+				}
+				status = ""
+			}
+			if status == "100" && got > 0 {
+				status = "" // the next message took its time
+			}
+			if status != "" || d.seq == 0 {
+				continue
 			}
 			got, last = got+1, d.seq
 			if key, ok := b.key(p, msg.Subject); ok {
-				rec := decode(msg.Header, nil, d.seq, d.written, setup.MaxAge)
+				rec := decode(msg.Header, nil, d.seq, d.written, info.setup.MaxAge)
 				all = append(all, listed{key, d.seq, rec.created, rec.deadline, rec.deleted})
 			}
 		}
 		switch {
-		case status == "":
+		case status == "" || status == "408":
 			// There may be more.
-		case status != "404" && status != "408":
+		case status != "404" && status != "100":
 			return nil, fmt.Errorf("%w: %s", errStartOver, status)
-		case got > 0 || req.Expires > 0:
-			if last >= upTo {
-				return all, nil
-			}
-			waits++
-			req.Expires = listWait
-		default:
-			req.Expires = listWait
+		case time.Since(began) > listLife/2:
+			return nil, errors.New("the listing takes too long to be told from an incomplete one")
+		case last >= upTo:
+			return all, nil
 		}
 	}
-	return nil, fmt.Errorf("%w: a replica lags", errStartOver)
+}
+
+// next returns the consumer's next message.
+func (r *consumer) next(ctx, epoch context.Context) (*nats.Msg, error) {
+	select {
+	case msg := <-r.msgs: // as a rule it is there
+		return msg, nil
+	default:
+	}
+	timer := time.NewTimer(patience + time.Second)
+	defer timer.Stop()
+	select {
+	case msg := <-r.msgs:
+		return msg, nil
+	case <-timer.C:
+		return nil, r.b.explain(context.DeadlineExceeded, "$JS.API.CONSUMER.MSG.NEXT."+r.b.stream)
+	case <-epoch.Done():
+		return nil, fmt.Errorf("%w: %w", errStartOver, nats.ErrDisconnected)
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 // keys returns the keys that exist and match the pattern, sorted.

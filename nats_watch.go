@@ -21,6 +21,9 @@ const (
 	heartbeat   = time.Second
 	maxSilence  = 2*heartbeat + 200*time.Millisecond
 	pullExpires = 30 * time.Second
+	// watchLife is for how long a server keeps the consumer of a watch that is
+	// gone without a word.
+	watchLife = 10 * time.Second
 	// goneFor is for how long a bucket must not be found to be taken for gone.
 	goneFor = time.Second
 )
@@ -133,7 +136,7 @@ func (w *natsWatch) attach(ctx context.Context) error {
 	case moment(info.Now.UnixNano())-w.heardAt > moment(w.maxCut()):
 		return errCutTooLong
 	}
-	source, err := w.b.consume(newCall(ctx), w.b.filter(w.pattern), w.cursor+1, false, watchBatch)
+	source, err := w.b.consume(newCall(ctx), w.b.filter(w.pattern), w.cursor+1, false, watchBatch, watchLife)
 	if err != nil {
 		return err
 	}

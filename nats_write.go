@@ -208,6 +208,7 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 			if last = nil; seq == 0 && doubt == nil && setup.Replicas <= 1 {
 				last = &record{} // it is gone
 			}
+			c.progress()
 			if !c.retry() {
 				return fail(err)
 			}
@@ -217,6 +218,7 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 		case lost:
 			doubt, doubtOn, last = err, last.revision, nil
 		case busy:
+			c.progress()
 			last = nil
 		case unavailable:
 		}

@@ -1,0 +1,91 @@
+package state
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// TestListFew compares the two ways to list, and says when there is but one.
+func TestListFew(t *testing.T) {
+	srv := startServer(t, nil)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: newBucketName(), History: 3})
+	put := func(key string, size int, ttl time.Duration) {
+		t.Helper()
+		require.NoError(t, s.Put(key, make([]byte, size), ttl))
+	}
+	for i := range 60 {
+		for range 1 + i%3 {
+			put(fmt.Sprintf("few.%d", i), 10, time.Duration(i%2)*time.Hour)
+		}
+		put(fmt.Sprintf("fewer-%d", i), 10, 0)
+	}
+	for i := range 10 {
+		require.NoError(t, s.Delete(fmt.Sprintf("few.%d", 5*i)))
+	}
+	for i := range 70 {
+		put(fmt.Sprintf("many.%d", i), 10, 0)
+	}
+	put("large.1", 600_000, 0)
+	put("large.2", 600_000, 0)
+	put("large.3", 10, 0)
+
+	for prefix, few := range map[string]bool{
+		"few.": true, "few": false, "few.1": true, "fewer-1": false, "none.": true,
+		"many.": false, "large.": false, "": false,
+	} {
+		t.Run(prefix+"*", func(t *testing.T) {
+			p := pattern{prefix, true}
+			info, err := s.data.info(newCall(context.Background()))
+			require.NoError(t, err)
+			want, err := s.data.listOnce(context.Background(), p, info)
+			require.NoError(t, err)
+			got, ok := s.data.listFew(context.Background(), p, info)
+			require.Equal(t, few, ok)
+			if ok {
+				require.Equal(t, tidyList(want), tidyList(got))
+			}
+			require.False(t, s.data.noFew.Load())
+		})
+	}
+}
+
+// TestKeysOfFewUnderWrites has the keys overwritten that are listed.
+func TestKeysOfFewUnderWrites(t *testing.T) {
+	srv := startServer(t, nil)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: newBucketName()})
+	var want []string
+	for i := range 40 {
+		want = append(want, fmt.Sprintf("few.%02d", i))
+		require.NoError(t, s.Put(want[i], nil, 0))
+	}
+	done := make(chan struct{})
+	var writers sync.WaitGroup
+	for w := range 4 {
+		writers.Go(func() {
+			for i := w; ; i += 4 {
+				select {
+				case <-done:
+					return
+				default:
+					if err := s.Put(want[i%40], []byte(fmt.Sprint(i)), time.Hour); err != nil {
+						t.Error(err)
+						return
+					}
+				}
+			}
+		})
+	}
+	for range 200 {
+		got, err := s.Keys("few.*")
+		require.NoError(t, err)
+		require.True(t, slices.Equal(want, got), "%v", got)
+	}
+	close(done)
+	writers.Wait()
+}
