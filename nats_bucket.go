@@ -45,6 +45,12 @@ type bucketSetup struct {
 	Subjects    []string      `json:"subjects"`
 }
 
+// replicated reports whether the stream is known to be on several servers.
+func (b *bucket) replicated() bool {
+	setup := b.setup.Load()
+	return setup != nil && setup.Replicas > 1
+}
+
 func (s *bucketSetup) rollup() bool { return s.AllowRollup && !s.DenyPurge }
 
 // A streamInfo is the answer to a request for a stream's state. It comes from
@@ -161,7 +167,7 @@ func (b *bucket) leaderLast(c *call, key string) (record, error) {
 		}
 		known := b.known.recall(key)
 		switch {
-		case known == nil || known.revision <= r.revision, b.setup.Load().Replicas <= 1:
+		case known == nil || known.revision <= r.revision, !b.replicated():
 			return r, nil
 		case r.revision == 0 && !known.exists(b.clock.now()):
 			return r, nil // it has gone since
@@ -214,7 +220,7 @@ func (b *bucket) leaderMsg(c *call, subject string) (*storedMsg, error) {
 // what cannot be does: the leader refuses it, and tells why. It is addressed to
 // a subject that is no key.
 func (b *bucket) settled(c *call, key string) (record, error) {
-	if b.setup.Load().Replicas <= 1 {
+	if !b.replicated() {
 		return b.last(c, key)
 	}
 	probe := &nats.Msg{Subject: b.prefix + ":probe", Header: nats.Header{

@@ -20,6 +20,8 @@ const (
 	// answerTime is how long one request waits for its answer. It is shorter,
 	// so that there is time to find out what became of a lost one.
 	answerTime = 2 * time.Second
+	// goneFor is for how long a stream must not be found to be taken for gone.
+	goneFor = time.Second
 )
 
 // The error codes of the JetStream API that mean something to us.
@@ -226,6 +228,9 @@ func (b *bucket) api(c *call, verb, object string, req, answer any) error {
 	msg := &nats.Msg{Subject: "$JS.API." + verb + "." + object, Data: data}
 	for {
 		err := b.apiOnce(c, msg, answer)
+		if apiCode(err) == codeNoStream && b.replicated() && time.Since(c.begun) < goneFor && c.again() {
+			continue // one of the servers has not heard of it yet
+		}
 		if err == nil || !transient(err) || errors.Is(err, nats.ErrPermissionViolation) || !c.again() {
 			return err
 		}

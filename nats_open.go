@@ -104,8 +104,8 @@ func (b *bucket) create(c *call, want bucketWant) (*streamInfo, error) {
 		MaxBytes:          -1,
 		Duplicates:        2 * time.Minute,
 	})
-	if apiCode(err) == codeNameInUse {
-		return b.info(c) // somebody was faster
+	for apiCode(err) == codeNameInUse || apiCode(err) == codeNoStream && c.again() {
+		info, err = b.info(c) // somebody was faster
 	}
 	return info, err
 }

@@ -24,8 +24,6 @@ const (
 	// watchLife is for how long a server keeps the consumer of a watch that is
 	// gone without a word.
 	watchLife = 10 * time.Second
-	// goneFor is for how long a bucket must not be found to be taken for gone.
-	goneFor = time.Second
 )
 
 // A natsWatch is one watch. One goroutine, that of run, owns it: it reads what
