@@ -153,7 +153,7 @@ func natsKeysGrowth(r *run, sizes []int) error {
 			return err
 		}
 		have = n
-		each := max(memory()-before, 0) / float64(n)
+		each := (memory() - before) / float64(n)
 		get, put := some(s, n)
 		words, err := r.costs(get, put, keysOf(s, "few.*", fewKeys), keysOf(s, "*", n+fewKeys))
 		if err != nil {

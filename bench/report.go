@@ -26,6 +26,8 @@ func duration(ns float64) string {
 
 func size(bytes float64) string {
 	switch {
+	case bytes <= 0: // less than what else comes and goes
+		return "-"
 	case bytes >= 1<<20:
 		return digits(bytes/(1<<20)) + " MiB"
 	case bytes >= 1<<10:
