@@ -63,7 +63,9 @@ func deletion(key string, revision uint64, at moment) *KeyValue {
 
 // cloneBytes returns a copy of b that is not nil.
 func cloneBytes(b []byte) []byte {
-	return append(make([]byte, 0, len(b)), b...)
+	c := make([]byte, len(b))
+	copy(c, b)
+	return c
 }
 
 // A timed is something with a key that ends at a deadline, and its place in an

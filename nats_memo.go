@@ -8,7 +8,7 @@ import (
 )
 
 // memoLimit is how many keys a client remembers the last record of, at least.
-const memoLimit = 8192
+const memoLimit = 32768
 
 // A memo remembers what this client last knew of a key. It is never more than
 // a guess: a write that is based on it is conditional on it.
@@ -19,9 +19,9 @@ type memo struct {
 	young, old map[string]record
 }
 
-// learn takes note of a key's record, without its value.
+// learn takes note of a key's record, without its value and its writer.
 func (m *memo) learn(key string, r record) {
-	r.value = nil
+	r.value, r.op = nil, ""
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if known, ok := m.find(key); ok && known.revision > r.revision {
