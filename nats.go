@@ -26,7 +26,8 @@ type NATSStoreConfig struct {
 	// History is the number of revisions to keep per key, at most 64. Default: 1
 	// for a new bucket; what an existing one has is changed only if this is set.
 	// The history of a key begins anew when it is deleted or written with a TTL:
-	// nothing older may come back when that goes.
+	// nothing older may come back when that goes. The larger it is, the more a
+	// watch tells of a key that changes faster than the server delivers.
 	History int
 	// MaxValueSize is the maximum value size in bytes. Default: 1MB for a new
 	// bucket; what an existing one has is changed only if this is set. The

@@ -13,7 +13,8 @@ import (
 type StateStore interface {
 	// Get retrieves a value by key. It returns ErrNotFound if the key does not
 	// exist and ErrInvalidKey if it cannot. A read sees every write that was
-	// acknowledged before it began, by anyone. The bytes are the caller's own;
+	// acknowledged before it began, by anyone; [NATSStore] names the one
+	// exception, in a network partition. The bytes are the caller's own;
 	// a value stored as nil or empty is an empty, non-nil slice.
 	Get(key string) ([]byte, error)
 
@@ -51,7 +52,9 @@ type StateStore interface {
 	// For one key events come in the order of their revisions, none twice. A
 	// slow reader blocks nobody: up to 1024 events wait in order; beyond that a
 	// newer event of a key takes the place of that key's older one still
-	// waiting. The last state of every key always arrives.
+	// waiting. The last state of every key always arrives. (On NATS states that
+	// are replaced before the server has handed them on may be missing, too, see
+	// [NATSStore].)
 	//
 	// The channel is closed when the watch ends: when the store is closed, or
 	// when it can no longer tell whether it missed something (see the backend).

@@ -24,7 +24,8 @@ const (
 
 // WithLock runs fn while it holds the lock of key, on any store. It waits for
 // the lock until ctx is done, keeps it refreshed for as long as fn runs, and
-// unlocks it on every way out, panics included.
+// unlocks it on every way out, panics included. Those who wait are no queue:
+// who comes first when it is released gets it.
 //
 // The context that fn gets ends with ctx, and at the moment from which the
 // lease can no longer be counted on, by the local clock and even if no packet
