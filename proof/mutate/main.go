@@ -77,7 +77,7 @@ var mutations = []mutation{
 		{"case err == nil && l.lapse(time.Now()):", "case false:"},
 		{"held.token != l.token || held.deadline.passed(now)", "held.token != l.token"},
 		{"if last.deleted || n.b.expired(newCall(context.Background()), last.deadline) {", "if last.deleted {"},
-	}, []string{"memory-model", oneServer}},
+	}, []string{"memory-model", "nats-model", oneServer}},
 	{"tokens-that-stay", []edit{
 		{"func (l *lease) Token() uint64 { return l.token }", "func (l *lease) Token() uint64 { return 1 }"},
 	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
