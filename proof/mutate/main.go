@@ -93,8 +93,10 @@ var mutations = []mutation{
 	{"an-older-event-last", []edit{
 		{"			q.events[q.head+n-q.popped] = ev\n", "			_ = n\n"},
 	}, []string{"fuzz", "memory-suite"}},
-	{"keys-without-the-leader", []edit{{"if last >= upTo {", "if true || last >= upTo {"}}, []string{three}},
-	{"keys-that-end-early", []edit{{"		case got > 0 || req.Expires > 0:", "		case true:"}, {"if last >= upTo {", "if true || last >= upTo {"}}, []string{three}},
+	{"keys-without-the-leader", []edit{
+		{"		case last >= upTo:\n			return all, nil\n", "		case true || last >= upTo:\n			return all, nil\n"},
+		{"status == \"100\" && got == 0 && last < upTo {", "status == \"\" && last < upTo {"},
+	}, []string{three}},
 	{"reads-from-any-replica", []edit{{"if setup.Replicas > 1 || !setup.AllowDirect {", "if !setup.AllowDirect {"}}, []string{three, "isolated"}},
 	{"lost-answers-are-failures", []edit{
 		{"			doubt, doubtOn, last = err, last.revision, nil\n", "			return record{}, err\n"},
@@ -130,12 +132,12 @@ var mutations = []mutation{
 	{"star-without-the-empty-rest", []edit{
 		{"	if p.wild {\n		return strings.HasPrefix(key, p.prefix)\n", "	if p.wild {\n		return strings.HasPrefix(key, p.prefix) && len(key) > len(p.prefix)\n"},
 	}, []string{"fuzz", "nats-model"}},
-	{"double-dots", []edit{{"if !keyByte[c] || c == '.' && last == '.' {", "if !keyByte[c] {"}}, []string{"fuzz", "memory-model"}},
+	{"double-dots", []edit{{"if !keyByte[c] || c == '.' && last == '.' {", "if !keyByte[c] || c == '.' && last == 0 {"}}, []string{"fuzz", "memory-model"}},
 	{"headers-are-trusted", []edit{{"created > 0 && moment(created) < written && !moment(replaced)", "created != 0 && !moment(replaced)"}}, []string{"fuzz"}},
-	{"deliveries-misread", []edit{{"tokens = tokens[7:]", "tokens = tokens[6:]"}}, []string{"fuzz"}},
+	{"deliveries-misread", []edit{{"		skip += 2\n", "		skip += 1\n"}}, []string{"fuzz"}},
 	{"errors-read-as-acknowledgements", []edit{{"bytes.Contains(ack, []byte(`\"error\":`))", "bytes.Contains(ack, []byte(`\"none\":`))"}}, []string{"fuzz"}},
 	{"a-goroutine-that-stays", []edit{{"func NewMemoryStore() *MemoryStore {\n", "func NewMemoryStore() *MemoryStore {\n	go func() { select {} }()\n"}}, []string{"memory-model", inMemory}},
-	{"values-are-shared", []edit{{"	return append(make([]byte, 0, len(b)), b...)", "	if b == nil {\n		return []byte{}\n	}\n	return b"}}, []string{"memory-suite"}},
+	{"values-are-shared", []edit{{"	c := make([]byte, len(b))\n	copy(c, b)\n	return c\n", "	if b == nil {\n		return []byte{}\n	}\n	return b\n"}}, []string{"memory-suite"}},
 }
 
 var (
