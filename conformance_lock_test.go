@@ -381,13 +381,13 @@ var withLockCases = []conformanceCase{
 		})
 		refuses(t, ErrLockExpired, err)
 		own := errors.New("its own")
-		err = WithLock(context.Background(), refreshless{s}, "l", 50*time.Millisecond, func(ctx context.Context, _ uint64) error {
+		err = WithLock(context.Background(), refreshless{s}, "l", 500*time.Millisecond, func(ctx context.Context, _ uint64) error {
 			<-ctx.Done()
 			return own
 		})
 		assert.ErrorIs(t, err, ErrLockExpired)
 		assert.ErrorIs(t, err, own)
-		err = WithLock(context.Background(), refreshless{s}, "l", 50*time.Millisecond, func(ctx context.Context, _ uint64) error {
+		err = WithLock(context.Background(), refreshless{s}, "l", 500*time.Millisecond, func(ctx context.Context, _ uint64) error {
 			<-ctx.Done()
 			return nil
 		})

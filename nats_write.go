@@ -189,7 +189,7 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 			last = nil
 			continue
 		}
-		w.doubtful = doubt != nil
+		w.doubtful = w.doubtful || doubt != nil
 		msg, next, err := do.decide(last, w)
 		if err != nil {
 			return fail(err)
