@@ -3,6 +3,8 @@ package state
 import (
 	"context"
 	"errors"
+	"flag"
+	"fmt"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -345,4 +347,65 @@ func (f *fakeLessor) release(*lease) error {
 		f.released++
 	}
 	return f.releaseErr
+}
+
+var lockCycles = flag.Int64("lock-cycles", 20_000, "how many cycles TestMutualExclusionAtLength makes")
+
+// TestMutualExclusionAtLength: eight clients on connections of their own, four
+// goroutines each, on eight locks, with holders that crash. Each lock has a
+// register that accepts only growing tokens.
+func TestMutualExclusionAtLength(t *testing.T) {
+	srv := startServer(t, nil)
+	const clients, each, locks = 8, 4, 8
+	const lease = 300 * time.Millisecond
+	var (
+		holders          [locks]atomic.Int64
+		highest          [locks]atomic.Uint64
+		cycles, crashes  atomic.Int64
+		held, violations atomic.Int64
+		wg               sync.WaitGroup
+	)
+	began := time.Now()
+	for c := range clients {
+		s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+		for g := range each {
+			me := int64(c*each + g + 1)
+			wg.Go(func() {
+				for n := me; cycles.Load() < *lockCycles; n++ {
+					i := n % locks
+					asked := time.Now()
+					l, err := s.Lock(fmt.Sprintf("l.%d", i), lease)
+					if err == ErrLockHeld || err == ErrLockExpired { //nolint:errorlint // bare
+						held.Add(1)
+						continue
+					}
+					if !assert.NoError(t, err) {
+						return
+					}
+					until := asked.Add(lease)
+					if !holders[i].CompareAndSwap(0, me) || highest[i].Swap(l.(Fenced).Token()) >= l.(Fenced).Token() {
+						violations.Add(1)
+					}
+					cycles.Add(1)
+					if n%8 == 0 {
+						time.Sleep(100 * time.Microsecond) // it works
+					}
+					released := holders[i].CompareAndSwap(me, 0)
+					if time.Now().Before(until) && !released {
+						violations.Add(1)
+					}
+					if n%500 == 0 {
+						crashes.Add(1)
+						continue
+					}
+					if err := l.Unlock(); err != nil {
+						refuses(t, ErrLockNotHeld, err)
+					}
+				}
+			})
+		}
+	}
+	wg.Wait()
+	t.Logf("%d cycles in %v, %d crashes, %d attempts on a lock that was held", cycles.Load(), time.Since(began), crashes.Load(), held.Load())
+	assert.Zero(t, violations.Load(), "violations of mutual exclusion")
 }
