@@ -349,7 +349,7 @@ func (f *fakeLessor) release(*lease) error {
 	return f.releaseErr
 }
 
-var lockCycles = flag.Int64("lock-cycles", 20_000, "how many cycles TestMutualExclusionAtLength makes")
+var lockCycles = flag.Int64("lock-cycles", 5_000, "how many cycles TestMutualExclusionAtLength makes")
 
 // TestMutualExclusionAtLength: eight clients on connections of their own, four
 // goroutines each, on eight locks, with holders that crash. Each lock has a
