@@ -74,7 +74,7 @@ func newCall(ctx context.Context) *call {
 // it is others who get on.
 func (c *call) progress() {
 	c.end = time.Now().Add(patience)
-	if last := c.begun.Add(6 * patience); c.end.After(last) {
+	if last := c.begun.Add(2 * patience); c.end.After(last) {
 		c.end = last
 	}
 }

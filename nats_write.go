@@ -152,6 +152,8 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 		doubt   error  // why an attempt may have been stored, if one may
 		doubtOn uint64 // the revision that it was to be on top of
 		began   = time.Now()
+
+		beatenBy uint64 // the revision that was there first, the last time
 	)
 	fail := func(err error) (record, error) {
 		if doubt != nil {
@@ -208,7 +210,10 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 			if last = nil; seq == 0 && doubt == nil && setup.Replicas <= 1 {
 				last = &record{} // it is gone
 			}
-			c.progress()
+			if seq != beatenBy {
+				beatenBy = seq
+				c.progress()
+			}
 			if !c.retry() {
 				return fail(err)
 			}
@@ -218,7 +223,6 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 		case lost:
 			doubt, doubtOn, last = err, last.revision, nil
 		case busy:
-			c.progress()
 			last = nil
 		case unavailable:
 		}
