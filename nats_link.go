@@ -26,16 +26,15 @@ const (
 
 // The error codes of the JetStream API that mean something to us.
 const (
-	codeUnavailable    jetstream.ErrorCode = 10008
-	codeNoMessage      jetstream.ErrorCode = 10037
-	codeNoAccount      jetstream.ErrorCode = 10039
-	codeTooLarge       jetstream.ErrorCode = 10054
-	codeNameInUse      jetstream.ErrorCode = 10058
-	codeNoStream       jetstream.ErrorCode = 10059
-	codeWrongSequence  jetstream.ErrorCode = 10071
-	codeNotEnabled     jetstream.ErrorCode = 10076
-	codeWriteInFlight  jetstream.ErrorCode = 10164
-	codeHeaderTooLarge jetstream.ErrorCode = 10097
+	codeUnavailable   jetstream.ErrorCode = 10008
+	codeNoMessage     jetstream.ErrorCode = 10037
+	codeNoAccount     jetstream.ErrorCode = 10039
+	codeTooLarge      jetstream.ErrorCode = 10054
+	codeNameInUse     jetstream.ErrorCode = 10058
+	codeNoStream      jetstream.ErrorCode = 10059
+	codeWrongSequence jetstream.ErrorCode = 10071
+	codeNotEnabled    jetstream.ErrorCode = 10076
+	codeWriteInFlight jetstream.ErrorCode = 10164
 )
 
 // apiCode returns the JetStream error code of err, 0 if it has none.
