@@ -196,16 +196,21 @@ func FuzzEntry(f *testing.F) {
 	f.Add(int64(time.Second), int64(5e5), int64(time.Second), int64(1e6), int64(1e6), false)
 	f.Add(int64(1<<63-1), int64(0), int64(time.Hour), int64(0), int64(0), true)
 	f.Add(int64(1500*time.Millisecond), int64(time.Hour), int64(1), int64(1), int64(1), true)
-	f.Fuzz(func(t *testing.T, ttl, life, age, estimate, delay int64, deleted bool) {
+	f.Add(int64(time.Second), int64(-time.Millisecond), int64(time.Second), int64(0), int64(1e6), false)
+	f.Add(int64(time.Second), int64(-time.Hour), int64(2*time.Hour), int64(0), int64(1e6), false)
+	f.Fuzz(func(t *testing.T, ttl, life, age, slack, delay int64, deleted bool) {
 		const now = moment(1_700_000_000_000_000_000)
-		if ttl < 0 || life < 0 || age < 0 || delay < 0 || max(age, delay) > int64(now/2) {
+		if ttl < 0 || age < 0 || slack < 0 || delay < 0 || max(age, slack, delay, -life) > int64(now/2) {
 			return
 		}
 		last := &record{entry: entry{revision: 5, created: now - moment(age), modified: now - moment(age)}, deleted: deleted}
-		if life > 0 {
+		switch {
+		case life > 0:
 			last.deadline = now.deadline(time.Duration(life)) // it is there for all that the writer knows
+		case life < 0:
+			last.deadline = now + moment(life) // it has gone
 		}
-		msg, next := entryWriter{subject: "s", op: "op"}.value(last, []byte("v"), time.Duration(ttl), now)
+		msg, next := entryWriter{subject: "s", op: "op", now: now, slack: moment(slack)}.value(last, []byte("v"), time.Duration(ttl))
 		written := now + moment(delay)
 		r := decode(msg.Header, msg.Data, 6, written, 0)
 		if want := written.deadline(time.Duration(ttl)); r.deadline != want {
@@ -217,10 +222,13 @@ func FuzzEntry(f *testing.F) {
 		switch {
 		case !deleted && age > 0 && (last.deadline == 0 || last.deadline > written) && r.created != last.created:
 			t.Fatalf("created at %d instead of %d", r.created, last.created)
-		case !deleted && last.deadline.passed(written) && r.created != written:
+		case !deleted && last.deadline.passed(written) && r.created < max(now, last.deadline):
 			t.Fatalf("what had expired at %d makes %d the creation of what was written at %d", last.deadline, r.created, written)
-		case deleted && (r.created < now || r.created > written):
+		case (deleted || last.deadline.passed(written)) && (r.created < now || r.created > written):
 			t.Fatalf("created at %d, asked for at %d and written at %d", r.created, now, written)
+		}
+		if !next.unsure && moment(delay) < guessMargin && r.created != next.created {
+			t.Fatalf("its writer is sure that it was created at %d, and everybody else reads %d", next.created, r.created)
 		}
 		if seconds := msg.Header.Get("Nats-TTL"); seconds != "" {
 			broom, err := strconv.ParseInt(seconds, 10, 64)

@@ -212,7 +212,7 @@ func (s *NATSStore) get(key string) (record, error) {
 		return record{}, opError("get", key, err)
 	}
 	s.data.known.learn(key, r)
-	if r.revision == 0 || r.deleted || s.data.expired(c, r.deadline) {
+	if !s.data.exists(c, &r) {
 		return record{}, ErrNotFound
 	}
 	return r, nil
@@ -244,7 +244,7 @@ func (s *NATSStore) Put(key string, value []byte, ttl time.Duration) error {
 		}
 		return &record{} // a key that is not known is tried as a new one
 	}
-	_, err := s.put("put", key, value, ttl, last, func(*record) error { return nil })
+	_, err := s.put("put", key, value, ttl, last, func(*call, *record) error { return nil })
 	return err
 }
 
@@ -260,9 +260,9 @@ func (s *NATSStore) Update(key string, value []byte, ttl time.Duration, revision
 		}
 		return last
 	}
-	r, err := s.put("update", key, value, ttl, last, func(last *record) error {
+	r, err := s.put("update", key, value, ttl, last, func(c *call, last *record) error {
 		var current uint64
-		if last.exists(s.data.clock.now()) {
+		if s.data.exists(c, last) {
 			current = last.revision
 		}
 		if current != revision {
@@ -274,7 +274,7 @@ func (s *NATSStore) Update(key string, value []byte, ttl time.Duration, revision
 }
 
 // put writes a value, if allowed agrees to what it replaces.
-func (s *NATSStore) put(verb, key string, value []byte, ttl time.Duration, believed func() *record, allowed func(*record) error) (record, error) {
+func (s *NATSStore) put(verb, key string, value []byte, ttl time.Duration, believed func() *record, allowed func(*call, *record) error) (record, error) {
 	if err := s.begin(); err != nil {
 		return record{}, err
 	}
@@ -284,11 +284,11 @@ func (s *NATSStore) put(verb, key string, value []byte, ttl time.Duration, belie
 	if ttl == 0 {
 		ttl = s.ttl
 	}
-	return s.write(verb, key, believed, func(last *record, w entryWriter) (*nats.Msg, record, error) {
-		if err := allowed(last); err != nil {
+	return s.write(verb, key, believed, func(c *call, last *record, w entryWriter) (*nats.Msg, record, error) {
+		if err := allowed(c, last); err != nil {
 			return nil, record{}, err
 		}
-		msg, next := w.value(last, value, ttl, s.data.clock.now())
+		msg, next := w.value(last, value, ttl)
 		return msg, next, nil
 	})
 }
@@ -311,12 +311,11 @@ func (s *NATSStore) Delete(key string) error {
 		}
 		return last
 	}
-	_, err := s.write("delete", key, believed, func(last *record, w entryWriter) (*nats.Msg, record, error) {
-		now := s.data.clock.now()
-		if !last.exists(now) {
+	_, err := s.write("delete", key, believed, func(c *call, last *record, w entryWriter) (*nats.Msg, record, error) {
+		if !s.data.exists(c, last) {
 			return nil, record{}, errNothing
 		}
-		msg, next := w.marker(last, markerLife, now)
+		msg, next := w.marker(last, markerLife)
 		return msg, next, nil
 	})
 	if err == errNothing {

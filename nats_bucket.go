@@ -242,6 +242,11 @@ func (b *bucket) settled(c *call, key string) (record, error) {
 	}
 }
 
+// exists reports whether a record is that of a key that exists now.
+func (b *bucket) exists(c *call, r *record) bool {
+	return r.revision != 0 && !r.deleted && !b.expired(c, r.deadline)
+}
+
 // expired reports whether a deadline has passed by the server's clock, of which
 // a lower bound is known. Where that is close to the deadline or might be
 // wrong, the server is asked first.
@@ -250,10 +255,10 @@ func (b *bucket) expired(c *call, deadline moment) bool {
 		return false
 	}
 	now, slack, age := b.clock.read(b.nc)
-	surely, maybe := deadline.passed(now), deadline.passed(now+slack)
-	if maybe && (age >= sampleLife || !surely && age > freshSample) {
-		if _, err := b.info(c); err == nil {
-			now, _, _ = b.clock.read(b.nc)
+	maybe, close := deadline.passed(now+slack), !deadline.passed(now-closeCall)
+	if maybe && (age >= sampleLife || close && age > freshSample) {
+		if info, err := b.info(c); err == nil {
+			now = moment(info.Now.UnixNano())
 		}
 	}
 	return deadline.passed(now)

@@ -22,9 +22,10 @@ type serverClock struct {
 const (
 	// sampleLife is after what time a sample is too old to decide that
 	// something has expired, and freshSample up to what age no newer one is
-	// needed where it is a close thing.
+	// needed where it is a close call: a server's clock may be set back, too.
 	sampleLife  = 10 * time.Second
 	freshSample = 100 * time.Millisecond
+	closeCall   = moment(time.Second)
 	// maxDrift is by how much clocks may run at different speeds: 1 in so many.
 	maxDrift = 5000
 )

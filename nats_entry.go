@@ -62,8 +62,9 @@ type record struct {
 	op       string
 
 	// guessed says that the record was not read but written, so that its times
-	// are estimates from below: its writer is not told the server's.
-	guessed bool
+	// are estimates from below: its writer is not told the server's. It is
+	// unsure if even whether the key is a new one depends on that.
+	guessed, unsure bool
 }
 
 // exists reports whether the key exists at now.
@@ -142,8 +143,10 @@ func decodeTTL(s string) (ttl time.Duration, never bool) {
 
 // An entryWriter makes messages.
 type entryWriter struct {
-	subject string
-	op      string
+	subject    string
+	op         string
+	now, slack moment // the lower bound of the server's clock, and how far it may be past it
+
 	history bool // older revisions must go, or they come back when this one does
 	rollup  bool // the bucket lets them go
 	markers bool // the server puts a marker in place of what it removes
@@ -152,17 +155,19 @@ type entryWriter struct {
 }
 
 // value returns the message that writes a value in place of last.
-func (w entryWriter) value(last *record, value []byte, ttl time.Duration, now moment) (*nats.Msg, record) {
-	next := record{entry: entry{created: now, modified: now}, op: w.op, guessed: true}
-	if last.exists(now) {
+func (w entryWriter) value(last *record, value []byte, ttl time.Duration) (*nats.Msg, record) {
+	next := record{entry: entry{created: w.now, modified: w.now}, op: w.op, guessed: true}
+	lasting, surely := w.lasts(last)
+	if lasting {
 		next.created = last.created
 	}
+	next.unsure = !surely
 	hdr := newHeader()
 	hdr.set(headerOp, w.op)
 	hdr.set(headerExpected, strconv.FormatUint(last.revision, 10))
-	hdr.set(headerCreated, createdValue(last, next.created, now))
+	hdr.set(headerCreated, w.created(last))
 	if ttl > 0 {
-		next.deadline = now.deadline(ttl)
+		next.deadline = w.now.deadline(ttl)
 		broom := ttl
 		if last.revision != 0 && !last.deleted && last.deadline.outlives(next.deadline) {
 			broom = max(broom, coverLife)
@@ -172,7 +177,7 @@ func (w entryWriter) value(last *record, value []byte, ttl time.Duration, now mo
 		}
 		if broom <= maxBroom {
 			broom = (broom + time.Second - 1).Truncate(time.Second)
-			next.removal = now.deadline(broom)
+			next.removal = w.now.deadline(broom)
 			hdr.set(headerTTL, strconv.FormatInt(int64(broom/time.Second), 10))
 		}
 		if broom != ttl {
@@ -201,28 +206,42 @@ func (h *header) set(name, value string) {
 	h.Header[name] = h.values[n : n+1 : n+1]
 }
 
-// createdValue is the value of headerCreated for what is written on top of last.
-func createdValue(last *record, created, now moment) string {
-	b := strconv.AppendInt(make([]byte, 0, 48), int64(created), 10)
-	if last.exists(now) && last.deadline != 0 {
+// lasts reports whether last will not have expired when it is replaced, and
+// whether that is sure. Where it is not, the message leaves it to the server's
+// clock.
+func (w entryWriter) lasts(last *record) (lasts, surely bool) {
+	if last.revision == 0 || last.deleted || last.deadline.passed(w.now-closeCall) {
+		return false, true
+	}
+	return true, !last.deadline.passed(w.now + w.slack + guessMargin)
+}
+
+// created is the value of headerCreated for what is written on top of last.
+func (w entryWriter) created(last *record) string {
+	b := make([]byte, 0, 48)
+	if lasting, _ := w.lasts(last); !lasting {
+		return string(strconv.AppendInt(b, int64(w.now), 10))
+	}
+	b = strconv.AppendInt(b, int64(last.created), 10)
+	if last.deadline != 0 {
 		b = strconv.AppendInt(append(b, ' '), int64(last.deadline), 10)
 	}
 	return string(b)
 }
 
 // marker returns the message that deletes the key.
-func (w entryWriter) marker(last *record, life time.Duration, now moment) (*nats.Msg, record) {
+func (w entryWriter) marker(last *record, life time.Duration) (*nats.Msg, record) {
 	hdr := nats.Header{
 		headerOp:        {w.op},
 		headerExpected:  {strconv.FormatUint(last.revision, 10)},
 		headerOperation: {"PURGE"},
-		headerCreated:   {createdValue(last, last.created, now)},
+		headerCreated:   {w.created(last)},
 		headerTTL:       {strconv.FormatInt(int64(life/time.Second), 10)},
 	}
 	if w.rollup {
 		hdr[headerRollup] = []string{"sub"}
 	}
-	return &nats.Msg{Subject: w.subject, Header: hdr}, record{deleted: true, op: w.op, entry: entry{modified: now}}
+	return &nats.Msg{Subject: w.subject, Header: hdr}, record{deleted: true, op: w.op, entry: entry{modified: w.now}}
 }
 
 // A storedMsg is a message as the stream's leader returns it.

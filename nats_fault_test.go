@@ -249,6 +249,84 @@ func TestServerClock(t *testing.T) {
 	}
 }
 
+// TestClockSetBack: the server's clock was set back after it was last asked, by
+// more than the TTLs had left. To the client that looks like an estimate that
+// is ahead, which is how it is brought about here.
+func TestClockSetBack(t *testing.T) {
+	t.Parallel()
+	const ttl, back = 700 * time.Millisecond, moment(600 * time.Millisecond)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, startServer(t, nil).ClientURL()), Bucket: "b"})
+	other := openStore(t, NATSStoreConfig{Conn: s.nc, Bucket: "b"})
+	setBack := func() {
+		for _, b := range []*bucket{s.data, s.locks.bucket} {
+			b.clock.mu.Lock()
+			b.clock.at, b.clock.trip = time.Now().Add(-2*freshSample), 0
+			b.clock.base = moment(b.clock.at.UnixNano()) + back
+			b.clock.mu.Unlock()
+		}
+	}
+	_, err := s.Lock("first", ttl)
+	require.NoError(t, err)
+	r := recordEvents(t, mustWatch(t, s, "watched"))
+
+	began := time.Now()
+	keys := []string{"deleted", "listed", "put", "read", "updated", "watched"}
+	for _, key := range keys {
+		require.NoError(t, other.Put(key, []byte("v"), ttl))
+	}
+	before, err := other.GetKeyValue("put")
+	require.NoError(t, err)
+	_, err = other.Lock("held", ttl)
+	require.NoError(t, err)
+	time.Sleep(ttl / 5)
+
+	for what, is := range map[string]func(){
+		"read": func() {
+			_, err := s.Get("read")
+			assert.NoError(t, err)
+		},
+		"listed": func() {
+			all, err := s.Keys("*")
+			require.NoError(t, err)
+			assert.Contains(t, all, "listed")
+		},
+		"updated": func() {
+			_, err := s.Update("updated", nil, 0, 0)
+			refuses(t, ErrConflict, err)
+		},
+		"deleted": func() {
+			require.NoError(t, s.Delete("deleted"))
+			_, err := other.Get("deleted")
+			refuses(t, ErrNotFound, err)
+		},
+		"put": func() {
+			for range 2 {
+				require.NoError(t, s.Put("put", nil, time.Minute))
+				after, err := other.GetKeyValue("put")
+				require.NoError(t, err)
+				assert.Equal(t, before.Created, after.Created)
+			}
+		},
+		"held": func() {
+			_, err := s.Lock("held", ttl)
+			refuses(t, ErrLockHeld, err)
+		},
+	} {
+		setBack()
+		is()
+		require.Less(t, time.Since(began), ttl, "too late to tell anything of what is %s", what)
+	}
+	for time.Since(began) < ttl-20*time.Millisecond {
+		setBack()
+		require.NoError(t, other.Put("watched.not", nil, 0))
+		time.Sleep(10 * time.Millisecond)
+	}
+	if told := r.count(); time.Since(began) < ttl {
+		assert.Equal(t, 1, told, "only the Put")
+	}
+	eventually(t, func() bool { return r.count() == 2 }, "the expiry")
+}
+
 // TestHistoryDoesNotComeBack: with a history, the end of the newest revision
 // must not bring back an older one; a TTL left to the server alone does.
 func TestHistoryDoesNotComeBack(t *testing.T) {

@@ -97,14 +97,14 @@ func (s *NATSStore) acquire(c *call, b *bucket, key string, ttl time.Duration) (
 	}
 	owner := rand.Text()
 	var asked time.Time
-	acquire := func(last *record, w entryWriter) (*nats.Msg, record, error) {
-		if last.revision != 0 && !last.deleted && !b.expired(c, last.deadline) {
+	acquire := func(c *call, last *record, w entryWriter) (*nats.Msg, record, error) {
+		if b.exists(c, last) {
 			return nil, record{}, ErrLockHeld
 		}
 		if !w.doubtful {
 			asked = time.Now()
 		}
-		msg, next := w.value(last, leaseData(owner, ttl), ttl, b.clock.now())
+		msg, next := w.value(last, leaseData(owner, ttl), ttl)
 		return msg, next, nil
 	}
 	r, err := b.commit(c, write{key: key, op: owner + ".0", last: last, decide: acquire, idempotent: true})
@@ -158,7 +158,7 @@ func (n natsLessor) renew(l *lease, decide decision) (record, error) {
 	if l.unsure {
 		last = nil
 	}
-	own := func(last *record, w entryWriter) (*nats.Msg, record, error) {
+	own := func(c *call, last *record, w entryWriter) (*nats.Msg, record, error) {
 		if owner, _, _ := strings.Cut(last.op, "."); owner != l.owner {
 			if w.doubtful && time.Now().Before(l.until) {
 				// Nobody else can have got it before the lease's end, unless
@@ -167,7 +167,7 @@ func (n natsLessor) renew(l *lease, decide decision) (record, error) {
 			}
 			return nil, record{}, errNothing
 		}
-		return decide(last, w)
+		return decide(c, last, w)
 	}
 	return n.b.commit(newCall(context.Background()), write{
 		key: l.key, op: op, last: last, decide: own, idempotent: true,
@@ -178,11 +178,11 @@ func (n natsLessor) extend(l *lease) error {
 	if err := n.s.begin(); err != nil {
 		return err
 	}
-	r, err := n.renew(l, func(last *record, w entryWriter) (*nats.Msg, record, error) {
-		if last.deleted || n.b.expired(newCall(context.Background()), last.deadline) {
+	r, err := n.renew(l, func(c *call, last *record, w entryWriter) (*nats.Msg, record, error) {
+		if !n.b.exists(c, last) {
 			return nil, record{}, errNothing
 		}
-		msg, next := w.value(last, leaseData(l.owner, l.ttl), l.ttl, n.b.clock.now())
+		msg, next := w.value(last, leaseData(l.owner, l.ttl), l.ttl)
 		return msg, next, nil
 	})
 	switch {
@@ -197,12 +197,12 @@ func (n natsLessor) extend(l *lease) error {
 }
 
 func (n natsLessor) release(l *lease) error {
-	_, err := n.renew(l, func(last *record, w entryWriter) (*nats.Msg, record, error) {
+	_, err := n.renew(l, func(c *call, last *record, w entryWriter) (*nats.Msg, record, error) {
 		if last.deleted {
 			// An earlier attempt of ours did it, unless somebody else did.
 			return nil, record{}, errReleased
 		}
-		msg, next := w.marker(last, coverLife, n.b.clock.now())
+		msg, next := w.marker(last, coverLife)
 		return msg, next, nil
 	})
 	switch err {

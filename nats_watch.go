@@ -374,13 +374,15 @@ func (w *natsWatch) expire(ctx context.Context) error {
 	if w.source == nil {
 		return nil
 	}
-	now := w.b.clock.now()
-	if _, _, age := w.b.clock.read(w.s.nc); age >= sampleLife {
-		if _, err := w.b.info(newCall(ctx)); err != nil {
-			return err
-		}
-		now = w.b.clock.now()
+	if next := w.agenda.next(); next == 0 || !next.passed(w.b.clock.now()) {
+		return nil
 	}
+	// The server's clock may have been set back, or another server leads now.
+	info, err := w.b.info(newCall(ctx))
+	if err != nil {
+		return err
+	}
+	now := moment(info.Now.UnixNano())
 	var due []*tracked
 	for t := w.agenda.due(now); t != nil; t = w.agenda.due(now) {
 		due = append(due, w.alive[t.key])

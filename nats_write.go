@@ -105,16 +105,16 @@ func ackedSeq(ack []byte) (seq uint64, ok bool) {
 // A decision makes the message to be written on top of a key's last record, or
 // returns the error for which nothing is written. The record that it returns is
 // what the message will be, as far as that is known before.
-type decision func(last *record, w entryWriter) (*nats.Msg, record, error)
+type decision func(c *call, last *record, w entryWriter) (*nats.Msg, record, error)
 
 var errLeaving = errors.New("the server is about to remove the key's last value, and has not")
 
-// certain returns r, unless its deadline is only guessed, and that matters now.
+// certain returns r, unless what is only guessed of it matters now.
 func (b *bucket) certain(r *record) *record {
-	if r == nil || !r.guessed || r.deadline == 0 {
+	if r == nil || !r.guessed {
 		return r
 	}
-	if now, slack, _ := b.clock.read(b.nc); r.deadline.passed(now + slack + moment(guessMargin)) {
+	if now, slack, _ := b.clock.read(b.nc); r.unsure || r.deadline.passed(now+slack+guessMargin) {
 		return nil
 	}
 	return r
@@ -122,7 +122,7 @@ func (b *bucket) certain(r *record) *record {
 
 // guessMargin is how long before its deadline a guess is not good enough: the
 // deadline must not pass while a write that takes it for granted is on its way.
-const guessMargin = 200 * time.Millisecond
+const guessMargin = moment(200 * time.Millisecond)
 
 // A write is what commit is to do.
 type write struct {
@@ -192,7 +192,8 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 			continue
 		}
 		w.doubtful = w.doubtful || doubt != nil
-		msg, next, err := do.decide(last, w)
+		w.now, w.slack, _ = b.clock.read(b.nc)
+		msg, next, err := do.decide(c, last, w)
 		if err != nil {
 			return fail(err)
 		}
