@@ -177,8 +177,8 @@ var watchCases = []conformanceCase{
 			assert.Equal(t, 1, times, key)
 		}
 	}},
-	{"watch-order", "every change is told; for one key events come in the order of their revisions, none twice", func(t *testing.T, dial func() StateStore) {
-		const writers, each = 4, 40
+	{"watch-order", "every change is told, however fast another follows; for one key events come in the order of their revisions, none twice", func(t *testing.T, dial func() StateStore) {
+		const writers, each = 4, 100
 		reader := dial()
 		events := mustWatch(t, reader, "k.*")
 		var wg sync.WaitGroup
@@ -186,18 +186,25 @@ var watchCases = []conformanceCase{
 			s := dial()
 			wg.Go(func() {
 				for i := range each {
-					assert.NoError(t, s.Put(fmt.Sprintf("k.own.%d.%d", w, i), nil, 0))
-					assert.NoError(t, s.Put(fmt.Sprintf("k.shared.%d", (w+i)%3), nil, 0))
+					assert.NoError(t, s.Put(fmt.Sprintf("k.own.%d.%d", w, i), fmt.Append(nil, w, i), 0))
+					assert.NoError(t, s.Put(fmt.Sprintf("k.shared.%d", (w+i)%3), fmt.Append(nil, w, i), 0))
 				}
 			})
 		}
 		wg.Wait()
 		require.NoError(t, reader.Put("k.end", nil, 0))
 		last := map[string]uint64{}
+		told := map[string]int{}
 		for last["k.end"] == 0 {
 			kv := receive(t, events)
 			require.Greater(t, kv.Revision, last[kv.Key])
 			last[kv.Key] = kv.Revision
+			told[string(kv.Value)]++
+		}
+		for w := range writers {
+			for i := range each {
+				require.Equal(t, 2, told[string(fmt.Append(nil, w, i))], "of writer %d's change %d", w, i)
+			}
 		}
 		keys, err := reader.Keys("k.*")
 		require.NoError(t, err)

@@ -86,10 +86,6 @@
 // last one. It blocks no writer and no other reader, and memory is bounded by
 // the number of keys that changed.
 //
-// On NATS, a state that was replaced before the server had handed it on, which
-// takes about a millisecond and more under load, may not be told; the one that
-// replaced it is. A bucket with a History of several has room for so many.
-//
 // A watch on a NATSStore outlives reconnects, server restarts and changes of
 // the leader, and then tells what it missed. When it can no longer know what it
 // missed it ends, by closing its channel, see [NATSStore]. So an agent handles a

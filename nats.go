@@ -26,8 +26,7 @@ type NATSStoreConfig struct {
 	// History is the number of revisions to keep per key, at most 64. Default: 1
 	// for a new bucket; what an existing one has is changed only if this is set.
 	// The history of a key begins anew when it is deleted or written with a TTL:
-	// nothing older may come back when that goes. The larger it is, the more a
-	// watch tells of a key that changes faster than the server delivers.
+	// nothing older may come back when that goes.
 	History int
 	// MaxValueSize is the maximum value size in bytes. Default: 1MB for a new
 	// bucket; what an existing one has is changed only if this is set. The
@@ -81,12 +80,19 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // connection is closed for good, when the bucket is gone or was made anew, and
 // when the watch was cut off for longer than a deletion stays on the server, an
 // hour. It outlives anything shorter, and then tells what it missed: the last
-// state of every key that changed. What it cannot tell is what the server does
-// not have any more when it comes to it: of a key that changed several times
-// while the watch was cut off, or faster than the server delivered, as many
-// revisions as the bucket's History are told, and a key that came and went in
-// between may not be told at all. It keeps the names and revisions of the
-// matching keys in memory.
+// state of every key that changed. Of a key that changed several times meanwhile
+// as many revisions as the bucket's History are told, and a key that came and
+// went may not be told at all.
+//
+// A bucket keeps no state that was replaced, and the server delivers a write
+// some time after it has accepted it. So that a watch can tell also what was
+// replaced by then, it listens to the writes themselves, on the bucket's
+// subjects. When such a state was written it knows only roughly: its Modified
+// lies between those of the states before and after it. Where the connection
+// may not subscribe to these subjects, or the writer is another KV client, a
+// state that was replaced within a few milliseconds may not be told.
+//
+// A watch keeps the names and revisions of the matching keys in memory.
 //
 // Right after a server was killed, not stopped, a bucket of one replica may
 // have lost the deletions that other clients made with short-lived markers. The
@@ -332,7 +338,7 @@ func (s *NATSStore) write(verb, key string, believed func() *record, decide deci
 	}
 	defer s.data.turns.give(key)
 	r, err := s.data.commit(newCall(context.Background()), write{
-		key: key, op: s.data.nextOp(), last: believed(), decide: decide,
+		key: key, op: s.data.nextOp(), last: believed(), decide: decide, chained: true,
 	})
 	return r, opError(verb, key, err)
 }

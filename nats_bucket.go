@@ -77,7 +77,7 @@ func newBucket(l *link, name string) *bucket {
 		name:   name,
 		stream: "KV_" + name,
 		prefix: "$KV." + name + ".",
-		writer: rand.Text(),
+		writer: rand.Text()[:16],
 		known:  memo{limit: memoLimit},
 	}
 }

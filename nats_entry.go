@@ -30,8 +30,9 @@ const (
 	// by the store's clock. If the revision that was replaced had a deadline, it
 	// follows: had that passed when this one was written, the key is a new one.
 	headerCreated = "State-Created"
-	// headerOp identifies the write, so that its writer knows it again. Locks
-	// begin it with the owner of the lease.
+	// headerOp identifies the write, so that its writer knows it again, and then
+	// the write that it replaced, if known. Locks begin it with the owner of the
+	// lease.
 	headerOp = "State-Op"
 )
 
@@ -84,17 +85,15 @@ func (r *record) leaving(now moment) bool {
 func decode(hdr nats.Header, data []byte, seq uint64, written moment, maxAge time.Duration) record {
 	r := record{
 		entry: entry{value: data, revision: seq, created: written, modified: written},
-		op:    hdr.Get(headerOp),
 	}
+	r.op, _, _ = strings.Cut(hdr.Get(headerOp), " ")
 	if r.value == nil {
 		r.value = []byte{}
 	}
-	since, before, _ := strings.Cut(hdr.Get(headerCreated), " ")
-	created, _ := strconv.ParseInt(since, 10, 64)
-	replaced, _ := strconv.ParseInt(before, 10, 64)
-	lasting := created > 0 && moment(created) < written && !moment(replaced).passed(written)
+	created, replaced := decodeCreated(hdr.Get(headerCreated))
+	lasting := created > 0 && created < written && !replaced.passed(written)
 	if lasting {
-		r.created = moment(created)
+		r.created = created
 	}
 	reason := hdr.Get(headerReason)
 	if op := hdr.Get(headerOperation); op == "DEL" || op == "PURGE" || reason != "" {
@@ -123,6 +122,15 @@ func decode(hdr nats.Header, data []byte, seq uint64, written moment, maxAge tim
 	return r
 }
 
+// decodeCreated reads a headerCreated: when the key came into being, if what was
+// replaced had not come to its deadline.
+func decodeCreated(s string) (created, deadline moment) {
+	since, before, _ := strings.Cut(s, " ")
+	at, _ := strconv.ParseInt(since, 10, 64)
+	end, _ := strconv.ParseInt(before, 10, 64)
+	return moment(at), moment(end)
+}
+
 // decodeTTL reads a Nats-TTL as the server does: whole seconds, or a duration
 // that is cut to whole seconds, or "never".
 func decodeTTL(s string) (ttl time.Duration, never bool) {
@@ -147,6 +155,7 @@ type entryWriter struct {
 	op         string
 	now, slack moment // the lower bound of the server's clock, and how far it may be past it
 
+	chained bool // it is told what was replaced
 	history bool // older revisions must go, or they come back when this one does
 	rollup  bool // the bucket lets them go
 	markers bool // the server puts a marker in place of what it removes
@@ -163,7 +172,7 @@ func (w entryWriter) value(last *record, value []byte, ttl time.Duration) (*nats
 	}
 	next.unsure = !surely
 	hdr := newHeader()
-	hdr.set(headerOp, w.op)
+	hdr.set(headerOp, w.ops(last))
 	hdr.set(headerExpected, strconv.FormatUint(last.revision, 10))
 	hdr.set(headerCreated, w.created(last))
 	if ttl > 0 {
@@ -216,6 +225,14 @@ func (w entryWriter) lasts(last *record) (lasts, surely bool) {
 	return true, !last.deadline.passed(w.now + w.slack + guessMargin)
 }
 
+// ops is the value of headerOp for what is written on top of last.
+func (w entryWriter) ops(last *record) string {
+	if !w.chained || last.revision == 0 || last.op == "" {
+		return w.op
+	}
+	return w.op + " " + last.op
+}
+
 // created is the value of headerCreated for what is written on top of last.
 func (w entryWriter) created(last *record) string {
 	b := make([]byte, 0, 48)
@@ -232,7 +249,7 @@ func (w entryWriter) created(last *record) string {
 // marker returns the message that deletes the key.
 func (w entryWriter) marker(last *record, life time.Duration) (*nats.Msg, record) {
 	hdr := nats.Header{
-		headerOp:        {w.op},
+		headerOp:        {w.ops(last)},
 		headerExpected:  {strconv.FormatUint(last.revision, 10)},
 		headerOperation: {"PURGE"},
 		headerCreated:   {w.created(last)},

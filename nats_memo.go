@@ -19,9 +19,9 @@ type memo struct {
 	young, old map[string]record
 }
 
-// learn takes note of a key's record, without its value and its writer.
+// learn takes note of a key's record, without its value.
 func (m *memo) learn(key string, r record) {
-	r.value, r.op = nil, ""
+	r.value = nil
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if known, ok := m.find(key); ok && known.revision > r.revision {

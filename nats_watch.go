@@ -35,6 +35,7 @@ type natsWatch struct {
 	pattern pattern
 	box     *outbox
 
+	hearsay *hearsay
 	source  *consumer       // nil while it is cut off
 	epoch   context.Context // done when the connection has been broken since
 	asked   int             // messages that the server may still send
@@ -79,8 +80,11 @@ func (s *NATSStore) WatchContext(ctx context.Context, pattern string) (<-chan *K
 		s: s, b: s.data, pattern: p, box: newOutbox(), heard: time.Now(),
 		alive: make(map[string]*tracked),
 	}
-	if err := w.attach(ctx); err != nil {
-		w.detach()
+	if w.hearsay, err = s.data.listen(p); err == nil {
+		err = w.attach(ctx)
+	}
+	if err != nil {
+		w.end()
 		if apiCode(err) == codeNoStream || s.nc.IsClosed() {
 			return nil, ErrWatchClosed
 		}
@@ -93,7 +97,7 @@ func (s *NATSStore) WatchContext(ctx context.Context, pattern string) (<-chan *K
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		w.detach()
+		w.end()
 		return nil, ErrClosed
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -129,11 +133,13 @@ func (w *natsWatch) attach(ctx context.Context) error {
 	switch {
 	case first:
 		w.created, w.cursor = info.Created, info.State.LastSeq
+		w.hearsay.start = w.cursor
 	case !w.created.Equal(info.Created) || info.State.LastSeq < w.cursor:
 		return errBucketGone
 	case moment(info.Now.UnixNano())-w.heardAt > moment(w.maxCut()):
 		return errCutTooLong
 	}
+	w.hearsay.from = info.State.LastSeq
 	source, err := w.b.consume(newCall(ctx), w.b.filter(w.pattern), w.cursor+1, false, watchBatch, watchLife)
 	if err != nil {
 		return err
@@ -202,6 +208,11 @@ func (w *natsWatch) detach() {
 	}
 }
 
+func (w *natsWatch) end() {
+	w.detach()
+	w.hearsay.stop()
+}
+
 // pull keeps the server supplied with requests.
 func (w *natsWatch) pull() error {
 	if w.asked > watchBatch/2 {
@@ -232,7 +243,7 @@ func (w *natsWatch) gone(t *tracked, revision uint64, at moment) {
 // run is the watch's loop.
 func (w *natsWatch) run(ctx context.Context) {
 	defer w.box.end()
-	defer w.detach()
+	defer w.end()
 	silence := time.NewTicker(heartbeat)
 	defer silence.Stop()
 	expiry := time.NewTimer(0)
@@ -247,10 +258,11 @@ func (w *natsWatch) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case msg := <-msgs:
-			err = w.take(msg)
+			err = w.take(ctx, msg)
 		case <-expiry.C:
 			err = w.expire(ctx)
 		case <-silence.C:
+			w.hearsay.sweep()
 			if w.s.nc.IsClosed() {
 				return
 			}
@@ -317,7 +329,7 @@ func (w *natsWatch) reattach(ctx context.Context) bool {
 }
 
 // take deals with what the consumer sent.
-func (w *natsWatch) take(msg *nats.Msg) error {
+func (w *natsWatch) take(ctx context.Context, msg *nats.Msg) error {
 	d, status, err := w.source.accept(msg)
 	if err != nil {
 		return err
@@ -338,9 +350,23 @@ func (w *natsWatch) take(msg *nats.Msg) error {
 	w.asked--
 	w.cursor = d.seq
 	if key, ok := w.b.key(w.pattern, msg.Subject); ok {
+		w.tellMissed(ctx, key, msg, d)
 		w.tell(key, decode(msg.Header, msg.Data, d.seq, d.written, w.b.setup.Load().MaxAge))
 	}
 	return w.pull()
+}
+
+// tellMissed tells what was replaced by what was delivered now, before it was
+// delivered itself.
+func (w *natsWatch) tellMissed(ctx context.Context, key string, msg *nats.Msg, d delivery) {
+	var since uint64
+	if t := w.alive[key]; t != nil {
+		since = t.revision
+	}
+	for _, m := range w.hearsay.missed(ctx, key, since, msg.Header) {
+		w.tell(key, decode(m.msg.Header, m.msg.Data, m.revision, min(m.at, d.written), w.b.setup.Load().MaxAge))
+	}
+	w.hearsay.settle(key, d.seq, d.written)
 }
 
 // tell pushes the events that a record of a key amounts to, given what was told

@@ -250,6 +250,53 @@ func TestWatchOnReplicas(t *testing.T) {
 	t.Logf("%d events", all[0].count())
 }
 
+// TestWatchBurst: clients change one key as fast as they can. Every revision is
+// told, though the server's consumer, which comes after, finds only some.
+func TestWatchBurst(t *testing.T) {
+	t.Parallel()
+	for replicas, servers := range map[int][]*server.Server{1: {startServer(t, nil)}, 3: startCluster(t).servers} {
+		t.Run(fmt.Sprint(replicas, " replicas"), func(t *testing.T) {
+			writer := openStore(t, NATSStoreConfig{Conn: connect(t, servers[0].ClientURL()), Bucket: "b", Replicas: replicas})
+			watcher := openStore(t, NATSStoreConfig{Conn: connect(t, servers[len(servers)-1].ClientURL()), Bucket: "b"})
+			r := recordEvents(t, mustWatch(t, watcher, "k*"))
+			const each = 1000
+			var wg sync.WaitGroup
+			for w, s := range []*NATSStore{writer, watcher} {
+				wg.Go(func() {
+					for i := range each {
+						var ttl time.Duration
+						switch i % 10 {
+						case 5:
+							ttl = time.Minute
+						case 9:
+							assert.NoError(t, s.Delete("k"))
+						}
+						assert.NoError(t, s.Put("k", fmt.Append(nil, w, i), ttl))
+					}
+				})
+			}
+			wg.Wait()
+			r.agrees(watcher, "*")
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			told := map[string]int{}
+			modified := time.Time{}
+			for i, kv := range r.events {
+				require.Equal(t, uint64(i+1), kv.Revision)
+				require.False(t, kv.Modified.Before(modified), "revision %d was written before the one before", kv.Revision)
+				modified = kv.Modified
+				told[string(kv.Value)]++
+			}
+			for w := range 2 {
+				for i := range each {
+					require.Equal(t, 1, told[string(fmt.Append(nil, w, i))], "of client %d's change %d", w, i)
+				}
+			}
+			t.Logf("%d events", len(r.events))
+		})
+	}
+}
+
 // TestWatchRefreshedAtTheDeadline: refreshes that arrive around the deadline.
 // Either the entry was refreshed in time, and no expiry is told, or it expired
 // and is a new one.

@@ -130,6 +130,8 @@ type write struct {
 	op     string   // its id, which no other write has
 	last   *record  // what is believed to be the key's last record; nil if nothing is
 	decide decision // may be called several times
+	// chained says that what is written tells what it replaced.
+	chained bool
 	// idempotent says that it does no harm to be stored twice: once nobody
 	// knows when, and undone by somebody else since.
 	idempotent bool
@@ -143,6 +145,7 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 	w := entryWriter{
 		subject: b.prefix + do.key,
 		op:      do.op,
+		chained: do.chained,
 		history: setup.PerKey != 1,
 		rollup:  setup.rollup(),
 		markers: setup.MarkerTTL > 0,

@@ -52,9 +52,7 @@ type StateStore interface {
 	// For one key events come in the order of their revisions, none twice. A
 	// slow reader blocks nobody: up to 1024 events wait in order; beyond that a
 	// newer event of a key takes the place of that key's older one still
-	// waiting. The last state of every key always arrives. (On NATS states that
-	// are replaced before the server has handed them on may be missing, too, see
-	// [NATSStore].)
+	// waiting. The last state of every key always arrives.
 	//
 	// The channel is closed when the watch ends: when the store is closed, or
 	// when it can no longer tell whether it missed something (see the backend).

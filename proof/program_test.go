@@ -125,7 +125,6 @@ type machine struct {
 	*model
 	clients []state.StateStore
 	exact   bool // the clock stands still while a call runs
-	calm    bool // events are awaited after each step: a watch on NATS may not be told of a value that was replaced at once
 
 	watches []*machineWatch
 	held    []*machineLock
@@ -284,13 +283,6 @@ func (m *machine) step(s step) error {
 		return errInconclusive // a TTL may have begun later than the model's
 	}
 	m.owe(told)
-	if m.calm {
-		for _, w := range m.watches {
-			if err := w.drain(m); err != nil {
-				return err
-			}
-		}
-	}
 	if !m.exact && s.verb != "sleep" {
 		for _, d := range m.deadlines() {
 			if until := time.Until(d); until < 20*time.Millisecond && until > -lateness {
@@ -594,7 +586,6 @@ func testModel(t *testing.T, servers int, both bool) {
 						clients = append(clients, s)
 					}
 					m := newMachine(false, clients...)
-					m.calm = true
 					var side sync.WaitGroup
 					var sideErr error
 					memory := state.NewMemoryStore()

@@ -196,8 +196,7 @@ type result struct {
 	ops, refused, unknown int
 	histories, undecided  int
 	cycles, ttls, events  int64
-	skipped               int
-	listings              int64
+	listings, estimates   int64
 	faults                int
 	stale                 []staleRead
 	broken                []string
@@ -212,8 +211,8 @@ func (r *result) add(x result) {
 	r.cycles += x.cycles
 	r.ttls += x.ttls
 	r.events += x.events
-	r.skipped += x.skipped
 	r.listings += x.listings
+	r.estimates += x.estimates
 	r.faults += x.faults
 	r.stale = append(r.stale, x.stale...)
 	r.broken = append(r.broken, x.broken...)
@@ -224,8 +223,8 @@ func (r result) String() string {
 	for _, s := range r.stale {
 		latest = max(latest, s.after)
 	}
-	text := fmt.Sprintf("%d operations (%d failed cleanly, %d of unknown outcome), %d histories checked (%d undecided), %d lock cycles, %d expiries, %d listings, %d events (%d values replaced before they were told), %d faults, %d broken rules",
-		r.ops, r.refused, r.unknown, r.histories, r.undecided, r.cycles, r.ttls, r.listings, r.events, r.skipped, r.faults, len(r.broken))
+	text := fmt.Sprintf("%d operations (%d failed cleanly, %d of unknown outcome), %d histories checked (%d undecided), %d lock cycles, %d expiries, %d listings, %d events (%d told of when they were written by an estimate), %d faults, %d broken rules",
+		r.ops, r.refused, r.unknown, r.histories, r.undecided, r.cycles, r.ttls, r.listings, r.events, r.estimates, r.faults, len(r.broken))
 	if len(r.stale) > 0 {
 		text += fmt.Sprintf(", %d stale reads through a leader cut off, the last %.1f s after the cut", len(r.stale), latest.Seconds())
 	}
@@ -241,7 +240,6 @@ func (sc scenario) run(t *testing.T, d time.Duration) (r result) {
 		s := state.NewMemoryStore()
 		defer s.Close()
 		l = newLoad(func() (state.StateStore, error) { return shared{s}, nil })
-		l.lossless = true
 		l.pace = 100 * time.Microsecond
 		l.epoch = 100 * time.Millisecond
 	} else {
@@ -283,8 +281,7 @@ func (sc scenario) run(t *testing.T, d time.Duration) (r result) {
 			r.broken = append(r.broken, w.text)
 		}
 	}
-	r.listings = l.listings.Load()
-	r.skipped = l.skipped
+	r.listings, r.estimates = l.listings.Load(), l.estimates.Load()
 	r.ops, r.refused, r.unknown = l.done, l.refused, l.unknown
 	r.cycles, r.ttls, r.events = l.lockCycles.Load(), l.ttlChecks.Load(), l.events.Load()
 	t.Logf("%s: %v", sc.name, r)

@@ -32,10 +32,8 @@ type load struct {
 	wrongLists []wrongList
 	notes      []string
 
-	lockCycles, ttlChecks, events, listings atomic.Int64
-	cut                                     atomic.Bool // a client was cut off: events may be missing
-	lossless                                bool        // every value is told, even one that was replaced at once
-	skipped                                 int         // values that were replaced before the watch was told of them
+	lockCycles, ttlChecks, events, listings, estimates atomic.Int64
+	cut                                                atomic.Bool // a client was cut off: events may be missing
 }
 
 func newLoad(open func() (state.StateStore, error)) *load {
@@ -112,16 +110,24 @@ func (l *load) run(ctx context.Context, ready func()) error {
 type revision struct {
 	key, value        string
 	created, modified time.Time
+	event             bool
 }
 
-// show holds what a reader was shown against what others were.
-func (l *load) show(kv *state.KeyValue) {
-	is := revision{kv.Key, string(kv.Value), kv.Created, kv.Modified}
-	before, known := l.revisions.LoadOrStore(kv.Revision, is)
-	if known {
+// show holds what a reader was shown against what others were. An event of what
+// was replaced at once has an estimate of when it was written.
+func (l *load) show(kv *state.KeyValue, event bool) {
+	is := revision{kv.Key, string(kv.Value), kv.Created, kv.Modified, event}
+	if before, known := l.revisions.LoadOrStore(kv.Revision, is); known {
 		was := before.(revision)
-		if was.key != is.key || was.value != is.value || !was.created.Equal(is.created) || !was.modified.Equal(is.modified) {
+		same := was.modified.Equal(is.modified)
+		if was.key != is.key || was.value != is.value || !was.created.Equal(is.created) || !same && !was.event && !event {
 			l.broke("revision %d was %+v to one reader and %+v to another", kv.Revision, was, is)
+		}
+		if !same {
+			l.estimates.Add(1)
+		}
+		if was.event && !event {
+			l.revisions.Store(kv.Revision, is)
 		}
 	}
 	if kv.Value == nil || kv.Created.IsZero() || kv.Modified.Before(kv.Created) || kv.Operation != state.OpPut || kv.Revision == 0 {
@@ -202,7 +208,7 @@ func (l *load) useKeys(ctx context.Context, client int, s state.StateStore) {
 			if p < 20 {
 				var kv *state.KeyValue
 				if kv, err = s.GetKeyValue(key); err == nil {
-					l.show(kv)
+					l.show(kv, false)
 					seen[key] = known{string(kv.Value), kv.Revision}
 					out.value = string(kv.Value)
 				}
@@ -548,7 +554,10 @@ func (w *watched) check(l *load, told []*state.KeyValue, kv *state.KeyValue) {
 		last = told[len(told)-1]
 	}
 	if kv.Operation == state.OpPut {
-		l.show(kv)
+		l.show(kv, true)
+		if last != nil && kv.Modified.Before(last.Modified) {
+			l.broke("watch %s: %s: revision %d was written at %v, and %d before it at %v", w.pattern, kv.Key, kv.Revision, kv.Modified, last.Revision, last.Modified)
+		}
 		if last != nil && kv.Revision <= last.Revision {
 			l.broke("watch %s: %s: revision %d after %d", w.pattern, kv.Key, kv.Revision, last.Revision)
 		}
@@ -610,7 +619,7 @@ func (l *load) endWatches(reader state.StateStore) {
 			l.broke("get %s: %v", key, err)
 		}
 		if err == nil {
-			l.show(kv)
+			l.show(kv, false)
 			final[key] = kv
 		} else if key[:3] == "reg" {
 			l.broke("%s is listed but not there", key)
@@ -634,11 +643,8 @@ func (l *load) endWatches(reader state.StateStore) {
 				told[string(kv.Value)] = true
 			}
 			for value := range values {
-				switch {
-				case told[value]:
-				case !(l.lossless && !w.slow) && (len(w.events[key]) > 0 || final[key] == nil):
-					l.skipped++
-				default:
+				// A slow reader is spared what was replaced.
+				if !told[value] && !(w.slow && (len(w.events[key]) > 0 || final[key] == nil)) {
 					l.broken = append(l.broken, fmt.Sprintf("watch %s: %s: %q was not told", w.pattern, key, value))
 				}
 			}
@@ -673,7 +679,7 @@ func (w *watched) differs(final map[string]*state.KeyValue) string {
 		if len(told) == 0 {
 			return fmt.Sprintf("%s, which is at revision %d, was not told of", key, kv.Revision)
 		}
-		if last := told[len(told)-1]; last.Revision != kv.Revision || last.Operation != state.OpPut || string(last.Value) != string(kv.Value) {
+		if last := told[len(told)-1]; last.Revision != kv.Revision || last.Operation != state.OpPut || string(last.Value) != string(kv.Value) || !last.Modified.Equal(kv.Modified) {
 			return fmt.Sprintf("%s is at revision %d, the last event was %v %d", key, kv.Revision, last.Operation, last.Revision)
 		}
 	}

@@ -1,0 +1,218 @@
+package state
+
+import (
+	"context"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// A hearsay is what a watch overhears of the writes to its keys, on their way
+// to the stream, which may accept them or not.
+//
+// The server's consumer loads a message some time after it was stored. With a
+// history of 1 it does not find it any more if the key was written again
+// meanwhile, and delivers only the later one. That one names what it replaced,
+// though, see [headerOp]: so it is known which of the overheard writes was
+// accepted, as which revision.
+type hearsay struct {
+	b       *bucket
+	pattern pattern
+	sub     *nats.Subscription
+	news    chan struct{} // has an element if something was heard since
+
+	mu   sync.Mutex // guards what follows
+	keys map[string]*rumours
+	size int // the bytes of all of them
+
+	// These are the watch's.
+	start uint64    // what was written earlier is not told
+	from  uint64    // what was written later has been overheard
+	deaf  time.Time // until when it does not wait for what ought to have been
+}
+
+// rumours are the writes to one key that may have been accepted since a
+// revision of it was told.
+type rumours struct {
+	told   uint64
+	toldAt moment // when that was written
+	heard  []rumour
+	last   time.Time // when something was heard or told
+}
+
+type rumour struct {
+	msg  *nats.Msg
+	op   string
+	on   uint64 // what it replaced if it was accepted: this revision,
+	prev string // by this write
+	at   moment // when it was heard, about when it was written
+	// revision is what it became if it was accepted.
+	revision uint64
+}
+
+const (
+	// hearsayLife is for how long a rumour is kept that is not confirmed.
+	hearsayLife = 10 * time.Second
+	// maxHearsay is how many bytes of rumours are kept.
+	maxHearsay = 16 << 20
+	// rumourDelay is for how long a rumour may be under way when what replaced
+	// it has arrived: on several servers they take different ways.
+	rumourDelay = 100 * time.Millisecond
+)
+
+// listen begins to overhear what is written to the keys that match the pattern.
+func (b *bucket) listen(p pattern) (*hearsay, error) {
+	h := &hearsay{b: b, pattern: p, news: make(chan struct{}, 1), keys: make(map[string]*rumours)}
+	var err error
+	h.sub, err = b.nc.Subscribe(b.filter(p), h.hear)
+	return h, err
+}
+
+// stop ends it.
+func (h *hearsay) stop() {
+	if h.sub != nil {
+		_ = h.sub.Unsubscribe()
+	}
+}
+
+// predecessor returns what a message replaced: which revision and, if that is
+// known, which write.
+func predecessor(hdr nats.Header) (revision uint64, op string) {
+	revision, _ = strconv.ParseUint(hdr.Get(headerExpected), 10, 64)
+	_, op, _ = strings.Cut(hdr.Get(headerOp), " ")
+	return revision, op
+}
+
+// hear takes note of a write.
+func (h *hearsay) hear(msg *nats.Msg) {
+	key, ok := h.b.key(h.pattern, msg.Subject)
+	op, _, _ := strings.Cut(msg.Header.Get(headerOp), " ")
+	if !ok || op == "" {
+		return
+	}
+	on, prev := predecessor(msg.Header)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	r := h.of(key)
+	if on < r.told {
+		return // too late to be accepted, or told already
+	}
+	if h.size += msg.Size(); h.size > maxHearsay {
+		h.keys, h.size = make(map[string]*rumours), 0
+		return
+	}
+	r.heard = append(r.heard, rumour{msg: msg, op: op, on: on, prev: prev, at: h.b.clock.now()})
+	select {
+	case h.news <- struct{}{}:
+	default:
+	}
+}
+
+func (h *hearsay) of(key string) *rumours {
+	r := h.keys[key]
+	if r == nil {
+		r = &rumours{}
+		h.keys[key] = r
+	}
+	r.last = time.Now()
+	return r
+}
+
+// missed returns the writes to a key that were accepted after revision since
+// but were not delivered, oldest first, given the headers of what was delivered
+// then. It waits a moment for what ought to have been heard.
+func (h *hearsay) missed(ctx context.Context, key string, since uint64, hdr nats.Header) []rumour {
+	if on, op := predecessor(hdr); on <= since || op == "" {
+		return nil
+	}
+	missed, all := h.trace(key, since, hdr)
+	if all || time.Now().Before(h.deaf) {
+		return missed
+	}
+	timer := time.NewTimer(rumourDelay)
+	defer timer.Stop()
+	for {
+		select {
+		case <-h.news:
+			if missed, all = h.trace(key, since, hdr); all {
+				return missed
+			}
+		case <-timer.C:
+			h.deaf = time.Now().Add(hearsayLife) // it may be that nothing arrives
+			return missed
+		case <-ctx.Done():
+			return missed
+		}
+	}
+}
+
+// trace follows the writes back from one that was delivered. It reports whether
+// it got to revision since, or to where nobody can know further.
+func (h *hearsay) trace(key string, since uint64, hdr nats.Header) (missed []rumour, all bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	r := h.of(key)
+	since = max(since, r.told, h.start)
+	on, op := predecessor(hdr)
+	for on > since && op != "" {
+		found := r.find(op, on)
+		if found == nil {
+			break
+		}
+		found.revision = on
+		missed = append(missed, *found)
+		on, op = found.on, found.prev
+	}
+	slices.Reverse(missed)
+	at := r.toldAt
+	for i := range missed {
+		created, _ := decodeCreated(missed[i].msg.Header.Get(headerCreated))
+		at = max(at, missed[i].at, created+1)
+		missed[i].at = at
+	}
+	return missed, on <= max(since, h.from) || op == ""
+}
+
+// find returns the write that became a revision, the last attempt at it.
+func (r *rumours) find(op string, revision uint64) *rumour {
+	for i := len(r.heard) - 1; i >= 0; i-- {
+		if w := &r.heard[i]; w.op == op && w.on < revision {
+			return w
+		}
+	}
+	return nil
+}
+
+// settle forgets what cannot be accepted any more now that a revision of the
+// key is told.
+func (h *hearsay) settle(key string, revision uint64, written moment) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	r := h.of(key)
+	r.told, r.toldAt = revision, written
+	r.heard = slices.DeleteFunc(r.heard, func(w rumour) bool {
+		if w.on >= revision {
+			return false
+		}
+		h.size -= w.msg.Size()
+		return true
+	})
+}
+
+// sweep forgets the keys of which nothing was heard for a while.
+func (h *hearsay) sweep() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for key, r := range h.keys {
+		if time.Since(r.last) > hearsayLife {
+			for _, w := range r.heard {
+				h.size -= w.msg.Size()
+			}
+			delete(h.keys, key)
+		}
+	}
+}
