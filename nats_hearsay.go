@@ -203,6 +203,15 @@ func (h *hearsay) settle(key string, revision uint64, written moment) {
 	})
 }
 
+// contested reports whether a write was heard of that would have replaced a
+// revision, and is neither confirmed nor forgotten yet.
+func (h *hearsay) contested(key string, revision uint64) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	r := h.keys[key]
+	return r != nil && slices.ContainsFunc(r.heard, func(w rumour) bool { return w.on == revision })
+}
+
 // sweep forgets the keys of which nothing was heard for a while.
 func (h *hearsay) sweep() {
 	h.mu.Lock()

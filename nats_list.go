@@ -27,8 +27,11 @@ type consumer struct {
 }
 
 type consumerInfo struct {
-	Pending uint64    `json:"num_pending"`
-	Now     time.Time `json:"ts"`
+	Pending   uint64    `json:"num_pending"`
+	Now       time.Time `json:"ts"`
+	Delivered struct {
+		Count uint64 `json:"consumer_seq"`
+	} `json:"delivered"`
 }
 
 // consumerConfig is what we need of a JetStream consumer's configuration.
@@ -104,6 +107,13 @@ func (r *consumer) accept(msg *nats.Msg) (d delivery, status string, err error) 
 		return d, "", errDisorder
 	}
 	return d, "", nil
+}
+
+// drained reports whether all that the stream has for the consumer has come.
+func (r *consumer) drained(c *call) (bool, error) {
+	var info consumerInfo
+	err := r.b.api(c, "CONSUMER.INFO", r.b.stream+"."+r.name, nil, &info)
+	return err == nil && info.Pending == 0 && info.Delivered.Count == r.count, err
 }
 
 // stop ends the consumer, on the server too as far as that can be reached; it

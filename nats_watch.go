@@ -48,6 +48,7 @@ type natsWatch struct {
 	// they end. What ends is on the agenda.
 	alive  map[string]*tracked
 	agenda agenda
+	pause  time.Time // until when it does not look at what has ended
 }
 
 // A tracked is a key that exists.
@@ -279,7 +280,7 @@ func (w *natsWatch) run(ctx context.Context) {
 			return
 		}
 		if next := w.agenda.next(); next != 0 {
-			expiry.Reset(max(time.Duration(next-w.b.clock.now()), 0))
+			expiry.Reset(max(time.Duration(next-w.b.clock.now()), time.Until(w.pause), 0))
 		} else {
 			expiry.Stop()
 		}
@@ -417,23 +418,30 @@ func (w *natsWatch) expire(ctx context.Context) error {
 		return nil
 	}
 	latest, err := w.latest(ctx, due)
-	stale := false
+	removed := false // some of it, by the server, or what had replaced it
+	for _, r := range latest {
+		removed = removed || r.revision == 0
+	}
+	if removed && err == nil {
+		removed, err = w.source.drained(newCall(ctx))
+	}
+	surely := func(t *tracked) bool {
+		// The consumer's server may be behind the leader.
+		return removed && !(w.b.replicated() && w.hearsay.contested(t.key, t.revision))
+	}
 	for _, t := range due {
 		last, known := latest[t.key]
 		switch {
-		case !known:
-			w.agenda.set(&t.timed, t.deadline) // not learnt; ask again
-		case last.revision != 0 && last.revision < t.revision:
-			w.agenda.set(&t.timed, t.deadline) // from a leader that is none any more
-			stale = true
-		case last.revision > t.revision:
+		case known && last.revision > t.revision:
 			// It was replaced, in time or not: what will come tells.
-		default:
+		case known && last.revision == t.revision, known && last.revision == 0 && surely(t):
 			w.gone(t, t.revision, t.deadline)
+		default:
+			// Not learnt, or from a leader that is none any more, or there may be
+			// a replacement on its way to here. Ask again.
+			w.agenda.set(&t.timed, t.deadline)
+			w.pause = time.Now().Add(20 * time.Millisecond)
 		}
-	}
-	if stale {
-		w.sleep(ctx, 20*time.Millisecond)
 	}
 	return err
 }

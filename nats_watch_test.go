@@ -195,6 +195,33 @@ func TestWatchOutlivesCuts(t *testing.T) {
 	assert.Contains(t, []string{"told", ""}, r.state()["k.old.19"])
 }
 
+// TestWatchRefreshRemoved: an entry is refreshed in time, but that is held up on
+// its way to the watch, and at the old deadline the server has it no more.
+func TestWatchRefreshRemoved(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	s, p := viaProxy(t, srv.ClientURL(), "b", 1)
+	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	for round := range 5 {
+		events := mustWatch(t, s, "k")
+		require.NoError(t, other.Put("k", []byte("old"), 300*time.Millisecond))
+		old := receive(t, events)
+		p.stall()
+		require.NoError(t, other.Put("k", []byte("new"), time.Second))
+		refreshed := mustGet(t, other, "k")
+		require.Less(t, refreshed.Modified.Sub(old.Modified), 300*time.Millisecond, "too late")
+		_, err := other.nc.Request("$JS.API.STREAM.PURGE.KV_b", []byte(`{"filter":"$KV.b.k"}`), time.Second)
+		require.NoError(t, err)
+		time.Sleep(600 * time.Millisecond)
+		p.resume()
+		assert.Equal(t, "put k", brief(receive(t, events)), round)
+		gone := receive(t, events)
+		assert.Equal(t, "delete k", brief(gone))
+		assert.Equal(t, refreshed.Revision, gone.Revision)
+		assert.Equal(t, refreshed.Modified.Add(time.Second), gone.Modified)
+	}
+}
+
 // TestWatchOnReplicas: step-downs, and the death of the server that hosts the
 // watch's consumer. Nothing is lost, nothing doubled.
 func TestWatchOnReplicas(t *testing.T) {

@@ -237,6 +237,24 @@ func useEverything(operator, nc *nats.Conn) error {
 			return errors.New("the watch tells nothing")
 		}
 	}
+	// At its deadline the server has it no more.
+	if err := s.Put("config.brief", nil, 300*time.Millisecond); err != nil {
+		return err
+	}
+	stream, err := js.Stream(ctx, "KV_"+cfg.Bucket)
+	if err != nil {
+		return err
+	}
+	if err := stream.Purge(ctx, jetstream.WithPurgeSubject("$KV.agent-state.config.brief")); err != nil {
+		return err
+	}
+	for range 2 {
+		select {
+		case <-events:
+		case <-ctx.Done():
+			return errors.New("the watch tells of no expiry")
+		}
+	}
 	if value, err := s.Get("config.pace"); err != nil || string(value) != "brisk" {
 		return fmt.Errorf("got %q, %w", value, err)
 	}
