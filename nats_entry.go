@@ -31,8 +31,8 @@ const (
 	// follows: had that passed when this one was written, the key is a new one.
 	headerCreated = "State-Created"
 	// headerOp identifies the write, so that its writer knows it again, and then
-	// the write that it replaced, if known. Locks begin it with the owner of the
-	// lease.
+	// the write that it replaced, if known. Attempts after the first are told
+	// apart by a "+" and their number. Locks begin it with the owner of the lease.
 	headerOp = "State-Op"
 )
 

@@ -177,14 +177,13 @@ func (h *hearsay) trace(key string, since uint64, hdr nats.Header) (missed []rum
 	return missed, on <= max(since, h.from) || op == ""
 }
 
-// find returns the write that became a revision, the last attempt at it.
+// find returns the write that became a revision.
 func (r *rumours) find(op string, revision uint64) *rumour {
-	for i := len(r.heard) - 1; i >= 0; i-- {
-		if w := &r.heard[i]; w.op == op && w.on < revision {
-			return w
-		}
+	i := slices.IndexFunc(r.heard, func(w rumour) bool { return w.op == op && w.on < revision })
+	if i < 0 {
+		return nil
 	}
-	return nil
+	return &r.heard[i]
 }
 
 // settle forgets what cannot be accepted any more now that a revision of the

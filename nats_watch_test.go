@@ -277,6 +277,66 @@ func TestWatchOnReplicas(t *testing.T) {
 	t.Logf("%d events", all[0].count())
 }
 
+// TestHearsay: which of the writes that were overheard became the revision that
+// was replaced.
+func TestHearsay(t *testing.T) {
+	listening := func() *hearsay {
+		return &hearsay{b: &bucket{prefix: "$KV.b."}, pattern: pattern{wild: true}, news: make(chan struct{}, 1), keys: map[string]*rumours{}}
+	}
+	write := func(on uint64, op, value string) *nats.Msg {
+		return &nats.Msg{Subject: "$KV.b.k", Data: []byte(value), Header: nats.Header{
+			headerExpected: {fmt.Sprint(on)}, headerOp: {op}, headerCreated: {"1000"},
+		}}
+	}
+	told := func(h *hearsay, since uint64, delivered *nats.Msg) (all []string) {
+		for _, m := range h.missed(context.Background(), "k", since, delivered.Header) {
+			all = append(all, fmt.Sprintf("%d %s", m.revision, m.msg.Data))
+		}
+		return all
+	}
+
+	h := listening()
+	for _, msg := range []*nats.Msg{
+		write(5, "a1", "first"), write(5, "b1", "beaten"), write(7, "b1+2 a1", "second"), write(9, "c1 b1+2", "third"),
+	} {
+		h.hear(msg)
+	}
+	last := write(12, "a2 c1", "last")
+	h.hear(last)
+	assert.Equal(t, []string{"7 first", "9 second", "12 third"}, told(h, 5, last))
+	assert.Equal(t, []string{"12 third"}, told(h, 9, last))
+	h.settle("k", 14, 2000)
+	assert.Empty(t, told(h, 0, write(14, "c2 a2", "next")), "what is told is told")
+	h.hear(write(9, "d1", "late"))
+	assert.Empty(t, h.keys["k"].heard, "it cannot be accepted any more")
+	assert.Zero(t, h.size)
+
+	// The attempt that was accepted is the last to arrive.
+	h = listening()
+	h.hear(write(5, "a1", "beaten"))
+	time.AfterFunc(rumourDelay/10, func() { h.hear(write(7, "a1+2", "accepted")) })
+	assert.Equal(t, []string{"9 accepted"}, told(h, 7, write(9, "b1 a1+2", "next")))
+
+	// What does not arrive is waited for once, and what did arrive is told.
+	h = listening()
+	h.hear(write(9, "b1 a1", "heard"))
+	next := write(11, "c1 b1", "next")
+	assert.Equal(t, []string{"11 heard"}, told(h, 5, next))
+	began := time.Now()
+	assert.Equal(t, []string{"11 heard"}, told(h, 5, next))
+	assert.Less(t, time.Since(began), rumourDelay/2)
+
+	// What the watch is not to tell, or cannot have heard, is not waited for.
+	h = listening()
+	h.start, h.from = 10, 10
+	began = time.Now()
+	assert.Empty(t, told(h, 0, write(10, "b1 a1", "next")))
+	assert.Empty(t, told(h, 0, write(12, "b1", "replaces somebody else's")))
+	h.from = 20
+	assert.Empty(t, told(h, 0, write(15, "b1 a1", "after a cut")))
+	assert.Less(t, time.Since(began), rumourDelay/2)
+}
+
 // TestWatchBurst: clients change one key as fast as they can. Every revision is
 // told, though the server's consumer, which comes after, finds only some.
 func TestWatchBurst(t *testing.T) {

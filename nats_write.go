@@ -156,6 +156,7 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 		doubtOn uint64 // the revision that it was to be on top of
 		began   = time.Now()
 
+		attempts int
 		beatenBy uint64 // the revision that was there first, the last time
 	)
 	fail := func(err error) (record, error) {
@@ -172,7 +173,7 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 			}
 			b.known.forget(do.key)
 			b.known.learn(do.key, found)
-			if found.op == do.op {
+			if op, _, _ := strings.Cut(found.op, "+"); op == do.op {
 				return found, nil
 			}
 			if doubt != nil && found.revision != doubtOn {
@@ -195,6 +196,9 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 			continue
 		}
 		w.doubtful = w.doubtful || doubt != nil
+		if attempts++; attempts > 1 {
+			w.op = do.op + "+" + strconv.Itoa(attempts)
+		}
 		w.now, w.slack, _ = b.clock.read(b.nc)
 		msg, next, err := do.decide(c, last, w)
 		if err != nil {
