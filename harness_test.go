@@ -200,11 +200,14 @@ func (c *cluster) leader(t testing.TB, bucket string) int {
 	return 0
 }
 
-// stepDown makes another server lead a bucket's stream.
+// stepDown makes another server lead a bucket's stream. Between two leaders
+// nobody answers.
 func (c *cluster) stepDown(t testing.TB, nc *nats.Conn, bucket string) {
 	t.Helper()
-	_, err := nc.Request("$JS.API.STREAM.LEADER.STEPDOWN.KV_"+bucket, nil, 5*time.Second)
-	require.NoError(t, err)
+	eventually(t, func() bool {
+		_, err := nc.Request("$JS.API.STREAM.LEADER.STEPDOWN.KV_"+bucket, nil, time.Second)
+		return err == nil
+	}, "a step-down")
 }
 
 // A proxy passes connections on to a server, until it is told otherwise.

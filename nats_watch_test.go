@@ -139,6 +139,11 @@ func TestWatchOutlivesRestart(t *testing.T) {
 	}
 	_, err := s.Get("k.expires")
 	refuses(t, ErrNotFound, err)
+	eventually(t, func() bool {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return r.last["k.expires"] != nil
+	}, "the expiry") // its deadline may have passed while the server was down
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	assert.Equal(t, "delete k.expires", brief(r.last["k.expires"]))
