@@ -418,32 +418,36 @@ func (w *natsWatch) expire(ctx context.Context) error {
 		return nil
 	}
 	latest, err := w.latest(ctx, due)
-	removed := false // some of it, by the server, or what had replaced it
+	arrived := false // all that the stream has for the watch
 	for _, r := range latest {
-		removed = removed || r.revision == 0
-	}
-	if removed && err == nil {
-		removed, err = w.source.drained(newCall(ctx))
-	}
-	surely := func(t *tracked) bool {
-		// The consumer's server may be behind the leader.
-		return removed && !(w.b.replicated() && w.hearsay.contested(t.key, t.revision))
+		if r.revision == 0 && err == nil {
+			// The server has removed it, or else what had replaced it.
+			arrived, err = w.source.drained(newCall(ctx))
+			break
+		}
 	}
 	for _, t := range due {
 		last, known := latest[t.key]
 		switch {
 		case known && last.revision > t.revision:
 			// It was replaced, in time or not: what will come tells.
-		case known && last.revision == t.revision, known && last.revision == 0 && surely(t):
+		case known && last.revision == t.revision,
+			known && last.revision == 0 && arrived && !w.contested(t):
 			w.gone(t, t.revision, t.deadline)
 		default:
-			// Not learnt, or from a leader that is none any more, or there may be
-			// a replacement on its way to here. Ask again.
+			// Not learnt, or from a leader that is none any more, or a replacement
+			// may be on its way to here. Ask again.
 			w.agenda.set(&t.timed, t.deadline)
 			w.pause = time.Now().Add(20 * time.Millisecond)
 		}
 	}
 	return err
+}
+
+// contested reports whether what was overheard may have replaced an entry: on
+// several servers the consumer's may be behind.
+func (w *natsWatch) contested(t *tracked) bool {
+	return w.b.replicated() && w.hearsay.contested(t.key, t.revision)
 }
 
 // latest returns the last records of the keys, of those that it could learn.
