@@ -152,16 +152,17 @@ func TestWithLockIsCutOff(t *testing.T) {
 	s, p := viaProxy(t, srv.ClientURL(), "b", 1)
 	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
 	var working, taken atomic.Int64
-	done := make(chan error, 1)
+	held, done := make(chan struct{}), make(chan error, 1)
 	go func() {
 		done <- WithLock(context.Background(), s, "l", time.Second, func(ctx context.Context, _ uint64) error {
 			p.stall()
+			close(held)
 			<-ctx.Done()
 			working.Store(time.Now().UnixNano())
 			return context.Cause(ctx)
 		})
 	}()
-	time.Sleep(100 * time.Millisecond)
+	<-held
 	require.NoError(t, WithLock(context.Background(), other, "l", time.Minute, func(context.Context, uint64) error {
 		taken.Store(time.Now().UnixNano())
 		return nil

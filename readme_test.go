@@ -238,14 +238,11 @@ func useEverything(operator, nc *nats.Conn) error {
 		}
 	}
 	// At its deadline the server has it no more.
-	if err := s.Put("config.brief", nil, 300*time.Millisecond); err != nil {
-		return err
-	}
 	stream, err := js.Stream(ctx, "KV_"+cfg.Bucket)
 	if err != nil {
 		return err
 	}
-	if err := stream.Purge(ctx, jetstream.WithPurgeSubject("$KV.agent-state.config.brief")); err != nil {
+	if err := s.Put("config.brief", nil, 300*time.Millisecond); err != nil {
 		return err
 	}
 	for range 2 {
@@ -253,6 +250,9 @@ func useEverything(operator, nc *nats.Conn) error {
 		case <-events:
 		case <-ctx.Done():
 			return errors.New("the watch tells of no expiry")
+		}
+		if err := stream.Purge(ctx, jetstream.WithPurgeSubject("$KV.agent-state.config.brief")); err != nil {
+			return err
 		}
 	}
 	if value, err := s.Get("config.pace"); err != nil || string(value) != "brisk" {
