@@ -170,11 +170,34 @@ func (h *hearsay) trace(key string, since uint64, hdr nats.Header) (missed []rum
 	slices.Reverse(missed)
 	at := r.toldAt
 	for i := range missed {
-		created, _ := decodeCreated(missed[i].msg.Header.Get(headerCreated))
-		at = max(at, missed[i].at, created+1)
+		next := hdr
+		if i+1 < len(missed) {
+			next = missed[i+1].msg.Header
+		}
+		at = missed[i].written(at, next)
 		missed[i].at = at
 	}
 	return missed, on <= max(since, h.from) || op == ""
+}
+
+// written estimates when the write was stored, given when the one before it was,
+// and the headers of the one after it, whose writer knew when the key had come
+// into being: so whether what this one replaced had come to its deadline is not
+// left to the estimate.
+func (w *rumour) written(before moment, next nats.Header) moment {
+	hdr := w.msg.Header
+	created, deadline := decodeCreated(hdr.Get(headerCreated))
+	at := max(before, w.at, created+1)
+	known, ends := decodeCreated(next.Get(headerCreated))
+	switch {
+	case ends == 0 && (hdr.Get(headerTTL) != "" || hdr.Get(headerExact) != "" || hdr.Get(headerOperation) != ""):
+		return at // the next one is a new key for all that its writer knew
+	case known != created:
+		return max(before, known) // it made the key, then
+	case deadline != 0:
+		return min(at, deadline-1)
+	}
+	return at
 }
 
 // find returns the write that became a revision.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
@@ -207,6 +208,9 @@ func TestWatchRefreshRemoved(t *testing.T) {
 	srv := startServer(t, nil)
 	s, p := viaProxy(t, srv.ClientURL(), "b", 1)
 	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	ctx := context.Background()
+	stream, err := newJetStream(t, other.nc).Stream(ctx, "KV_b")
+	require.NoError(t, err)
 	for round := range 5 {
 		events := mustWatch(t, s, "k")
 		require.NoError(t, other.Put("k", []byte("old"), 300*time.Millisecond))
@@ -215,8 +219,15 @@ func TestWatchRefreshRemoved(t *testing.T) {
 		require.NoError(t, other.Put("k", []byte("new"), time.Second))
 		refreshed := mustGet(t, other, "k")
 		require.Less(t, refreshed.Modified.Sub(old.Modified), 300*time.Millisecond, "too late")
-		_, err := other.nc.Request("$JS.API.STREAM.PURGE.KV_b", []byte(`{"filter":"$KV.b.k"}`), time.Second)
-		require.NoError(t, err)
+		eventually(t, func() bool {
+			for c := range stream.ListConsumers(ctx).Info() {
+				if c.Delivered.Stream < refreshed.Revision {
+					return false
+				}
+			}
+			return true
+		}, "the delivery")
+		require.NoError(t, stream.Purge(ctx, jetstream.WithPurgeSubject("$KV.b.k")))
 		time.Sleep(600 * time.Millisecond)
 		p.resume()
 		assert.Equal(t, "put k", brief(receive(t, events)), round)
@@ -321,6 +332,29 @@ func TestHearsay(t *testing.T) {
 	h.hear(write(5, "a1", "beaten"))
 	time.AfterFunc(rumourDelay/10, func() { h.hear(write(7, "a1+2", "accepted")) })
 	assert.Equal(t, []string{"9 accepted"}, told(h, 7, write(9, "b1 a1+2", "next")))
+
+	// When it was written is estimated, but not whether the key was a new one.
+	ttl := func(msg *nats.Msg, created string) *nats.Msg {
+		msg.Header.Set(headerCreated, created)
+		msg.Header.Set(headerTTL, "1")
+		return msg
+	}
+	for created, want := range map[string]moment{
+		"1000 9000": 3000, // refreshed again: after what was told
+		"6000 9000": 6000, // the key was made then, since the deadline had passed
+		"7000":      3000, // it is not known
+	} {
+		for _, heard := range []moment{2000, 3500} {
+			w := rumour{msg: ttl(write(5, "a1", ""), "1000 4000"), at: heard}
+			want := max(want, heard)
+			if created == "6000 9000" {
+				want = 6000
+			}
+			assert.Equal(t, want, w.written(3000, ttl(write(7, "b1 a1", ""), created).Header), "%s, heard at %d", created, heard)
+		}
+	}
+	w := rumour{msg: ttl(write(5, "a1", ""), "1000 4000"), at: 8000}
+	assert.Equal(t, moment(3999), w.written(3000, ttl(write(7, "b1 a1", ""), "1000 9000").Header), "heard late")
 
 	// What does not arrive is waited for once, and what did arrive is told.
 	h = listening()
