@@ -61,7 +61,7 @@ const (
 	maxHearsay = 16 << 20
 	// rumourDelay is for how long a rumour may be under way when what replaced
 	// it has arrived: on several servers they take different ways.
-	rumourDelay = 100 * time.Millisecond
+	rumourDelay = 300 * time.Millisecond
 )
 
 // listen begins to overhear what is written to the keys that match the pattern.

@@ -384,6 +384,13 @@ func TestWatchBurst(t *testing.T) {
 		t.Run(fmt.Sprint(replicas, " replicas"), func(t *testing.T) {
 			writer := openStore(t, NATSStoreConfig{Conn: connect(t, servers[0].ClientURL()), Bucket: "b", Replicas: replicas})
 			watcher := openStore(t, NATSStoreConfig{Conn: connect(t, servers[len(servers)-1].ClientURL()), Bucket: "b"})
+			passing, err := watcher.nc.SubscribeSync("passing")
+			require.NoError(t, err)
+			eventually(t, func() bool {
+				require.NoError(t, writer.nc.Publish("passing", nil))
+				_, err := passing.NextMsg(20 * time.Millisecond)
+				return err == nil
+			}, "a message between the servers, which have only just met")
 			r := recordEvents(t, mustWatch(t, watcher, "k*"))
 			const each = 1000
 			var wg sync.WaitGroup
