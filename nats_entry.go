@@ -86,7 +86,7 @@ func decode(hdr nats.Header, data []byte, seq uint64, written moment, maxAge tim
 	r := record{
 		entry: entry{value: data, revision: seq, created: written, modified: written},
 	}
-	r.op, _, _ = strings.Cut(hdr.Get(headerOp), " ")
+	r.op, _ = decodeOp(hdr.Get(headerOp))
 	if r.value == nil {
 		r.value = []byte{}
 	}
@@ -129,6 +129,12 @@ func decodeCreated(s string) (created, deadline moment) {
 	at, _ := strconv.ParseInt(since, 10, 64)
 	end, _ := strconv.ParseInt(before, 10, 64)
 	return moment(at), moment(end)
+}
+
+// decodeOp reads a headerOp: the write's id, and that of the one that it replaced.
+func decodeOp(s string) (op, replaced string) {
+	op, replaced, _ = strings.Cut(s, " ")
+	return op, replaced
 }
 
 // decodeTTL reads a Nats-TTL as the server does: whole seconds, or a duration

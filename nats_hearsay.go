@@ -4,7 +4,6 @@ import (
 	"context"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -83,14 +82,14 @@ func (h *hearsay) stop() {
 // known, which write.
 func predecessor(hdr nats.Header) (revision uint64, op string) {
 	revision, _ = strconv.ParseUint(hdr.Get(headerExpected), 10, 64)
-	_, op, _ = strings.Cut(hdr.Get(headerOp), " ")
+	_, op = decodeOp(hdr.Get(headerOp))
 	return revision, op
 }
 
 // hear takes note of a write.
 func (h *hearsay) hear(msg *nats.Msg) {
 	key, ok := h.b.key(h.pattern, msg.Subject)
-	op, _, _ := strings.Cut(msg.Header.Get(headerOp), " ")
+	op, _ := decodeOp(msg.Header.Get(headerOp))
 	if !ok || op == "" {
 		return
 	}

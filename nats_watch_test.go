@@ -376,58 +376,66 @@ func TestHearsay(t *testing.T) {
 	assert.Less(t, time.Since(began), rumourDelay/2)
 }
 
-// TestWatchBurst: clients change one key as fast as they can. Every revision is
-// told, though the server's consumer, which comes after, finds only some.
-func TestWatchBurst(t *testing.T) {
-	t.Parallel()
+// onReplicas runs a test on one server and on three, with two stores that are
+// not on the same of these.
+func onReplicas(t *testing.T, test func(t *testing.T, writer, watcher *NATSStore)) {
 	for replicas, servers := range map[int][]*server.Server{1: {startServer(t, nil)}, 3: startCluster(t).servers} {
 		t.Run(fmt.Sprint(replicas, " replicas"), func(t *testing.T) {
 			writer := openStore(t, NATSStoreConfig{Conn: connect(t, servers[0].ClientURL()), Bucket: "b", Replicas: replicas})
 			watcher := openStore(t, NATSStoreConfig{Conn: connect(t, servers[len(servers)-1].ClientURL()), Bucket: "b"})
-			passing, err := watcher.nc.SubscribeSync("passing")
-			require.NoError(t, err)
-			eventually(t, func() bool {
-				require.NoError(t, writer.nc.Publish("passing", nil))
-				_, err := passing.NextMsg(20 * time.Millisecond)
-				return err == nil
-			}, "a message between the servers, which have only just met")
-			r := recordEvents(t, mustWatch(t, watcher, "k*"))
-			const each = 1000
-			var wg sync.WaitGroup
-			for w, s := range []*NATSStore{writer, watcher} {
-				wg.Go(func() {
-					for i := range each {
-						var ttl time.Duration
-						switch i % 10 {
-						case 5:
-							ttl = time.Minute
-						case 9:
-							assert.NoError(t, s.Delete("k"))
-						}
-						assert.NoError(t, s.Put("k", fmt.Append(nil, w, i), ttl))
-					}
-				})
-			}
-			wg.Wait()
-			r.agrees(watcher, "*")
-			r.mu.Lock()
-			defer r.mu.Unlock()
-			told := map[string]int{}
-			modified := time.Time{}
-			for i, kv := range r.events {
-				require.Equal(t, uint64(i+1), kv.Revision)
-				require.False(t, kv.Modified.Before(modified), "revision %d was written before the one before", kv.Revision)
-				modified = kv.Modified
-				told[string(kv.Value)]++
-			}
-			for w := range 2 {
-				for i := range each {
-					require.Equal(t, 1, told[string(fmt.Append(nil, w, i))], "of client %d's change %d", w, i)
-				}
-			}
-			t.Logf("%d events", len(r.events))
+			test(t, writer, watcher)
 		})
 	}
+}
+
+// TestWatchBurst: clients change one key as fast as they can. Every revision is
+// told, though the server's consumer, which comes after, finds only some.
+func TestWatchBurst(t *testing.T) {
+	t.Parallel()
+	onReplicas(t, func(t *testing.T, writer, watcher *NATSStore) {
+		passing, err := watcher.nc.SubscribeSync("passing")
+		require.NoError(t, err)
+		eventually(t, func() bool {
+			require.NoError(t, writer.nc.Publish("passing", nil))
+			_, err := passing.NextMsg(20 * time.Millisecond)
+			return err == nil
+		}, "a message between the servers, which have only just met")
+		r := recordEvents(t, mustWatch(t, watcher, "k*"))
+		const each = 1000
+		var wg sync.WaitGroup
+		for w, s := range []*NATSStore{writer, watcher} {
+			wg.Go(func() {
+				for i := range each {
+					var ttl time.Duration
+					switch i % 10 {
+					case 5:
+						ttl = time.Minute
+					case 9:
+						assert.NoError(t, s.Delete("k"))
+					}
+					assert.NoError(t, s.Put("k", fmt.Append(nil, w, i), ttl))
+				}
+			})
+		}
+		wg.Wait()
+		r.agrees(watcher, "*")
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		told := map[string]int{}
+		modified := time.Time{}
+		for i, kv := range r.events {
+			require.Equal(t, uint64(i+1), kv.Revision)
+			require.False(t, kv.Modified.Before(modified), "revision %d was written before the one before", kv.Revision)
+			modified = kv.Modified
+			told[string(kv.Value)]++
+		}
+		for w := range 2 {
+			for i := range each {
+				require.Equal(t, 1, told[string(fmt.Append(nil, w, i))], "of client %d's change %d", w, i)
+			}
+		}
+		t.Logf("%d events", len(r.events))
+	})
 }
 
 // TestWatchRefreshedAtTheDeadline: refreshes that arrive around the deadline.
@@ -435,24 +443,20 @@ func TestWatchBurst(t *testing.T) {
 // and is a new one.
 func TestWatchRefreshedAtTheDeadline(t *testing.T) {
 	t.Parallel()
-	for replicas, servers := range map[int][]*server.Server{1: {startServer(t, nil)}, 3: startCluster(t).servers} {
-		t.Run(fmt.Sprint(replicas, " replicas"), func(t *testing.T) {
-			writer := openStore(t, NATSStoreConfig{Conn: connect(t, servers[0].ClientURL()), Bucket: "b", Replicas: replicas})
-			watcher := openStore(t, NATSStoreConfig{Conn: connect(t, servers[len(servers)-1].ClientURL()), Bucket: "b"})
-			for range 5 {
-				before := leaderSince(t, writer)
-				broken := refreshAtTheDeadline(t, writer, watcher)
-				if len(broken) == 0 {
-					return
-				}
-				require.NotEqual(t, before, leaderSince(t, writer), broken)
-				// A server that does not know yet that it leads no more has
-				// answered: the one exception. On a machine that is this busy.
-				t.Logf("another server leads now: %d promises broken", len(broken))
+	onReplicas(t, func(t *testing.T, writer, watcher *NATSStore) {
+		for range 5 {
+			before := leaderSince(t, writer)
+			broken := refreshAtTheDeadline(t, writer, watcher)
+			if len(broken) == 0 {
+				return
 			}
-			t.Error("the servers cannot agree on a leader")
-		})
-	}
+			require.NotEqual(t, before, leaderSince(t, writer), broken)
+			// A server that does not know yet that it leads no more has
+			// answered: the one exception. On a machine that is this busy.
+			t.Logf("another server leads now: %d promises broken", len(broken))
+		}
+		t.Error("the servers cannot agree on a leader")
+	})
 }
 
 // leaderSince tells one leader's term from another's.
