@@ -47,7 +47,7 @@ type rumour struct {
 	msg  *nats.Msg
 	op   string
 	on   uint64 // what it replaced if it was accepted: this revision,
-	prev string // by this write
+	prev string // by this write, if that is known
 	at   moment // when it was heard, about when it was written
 	// revision is what it became if it was accepted.
 	revision uint64
@@ -78,33 +78,32 @@ func (h *hearsay) stop() {
 	}
 }
 
-// predecessor returns what a message replaced: which revision and, if that is
-// known, which write.
-func predecessor(hdr nats.Header) (revision uint64, op string) {
-	revision, _ = strconv.ParseUint(hdr.Get(headerExpected), 10, 64)
-	_, op = decodeOp(hdr.Get(headerOp))
-	return revision, op
+// newRumour reads what a message says of itself.
+func newRumour(msg *nats.Msg) rumour {
+	on, _ := strconv.ParseUint(msg.Header.Get(headerExpected), 10, 64)
+	op, prev := decodeOp(msg.Header.Get(headerOp))
+	return rumour{msg: msg, op: op, on: on, prev: prev}
 }
 
 // hear takes note of a write.
 func (h *hearsay) hear(msg *nats.Msg) {
 	key, ok := h.b.key(h.pattern, msg.Subject)
-	op, _ := decodeOp(msg.Header.Get(headerOp))
-	if !ok || op == "" {
+	w := newRumour(msg)
+	if !ok || w.op == "" {
 		return
 	}
-	on, prev := predecessor(msg.Header)
+	w.at = h.b.clock.now()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	r := h.of(key)
-	if on < r.told {
+	if w.on < r.told {
 		return // too late to be accepted, or told already
 	}
 	if h.size += msg.Size(); h.size > maxHearsay {
 		h.keys, h.size = make(map[string]*rumours), 0
 		return
 	}
-	r.heard = append(r.heard, rumour{msg: msg, op: op, on: on, prev: prev, at: h.b.clock.now()})
+	r.heard = append(r.heard, w)
 	select {
 	case h.news <- struct{}{}:
 	default:
@@ -122,13 +121,14 @@ func (h *hearsay) of(key string) *rumours {
 }
 
 // missed returns the writes to a key that were accepted after revision since
-// but were not delivered, oldest first, given the headers of what was delivered
-// then. It waits a moment for what ought to have been heard.
-func (h *hearsay) missed(ctx context.Context, key string, since uint64, hdr nats.Header) []rumour {
-	if on, op := predecessor(hdr); on <= since || op == "" {
+// but were not delivered, oldest first, given what was delivered then. It waits
+// a moment for what ought to have been heard.
+func (h *hearsay) missed(ctx context.Context, key string, since uint64, delivered *nats.Msg) []rumour {
+	last := newRumour(delivered)
+	if last.on <= since || last.prev == "" {
 		return nil
 	}
-	missed, all := h.trace(key, since, hdr)
+	missed, all := h.trace(key, since, last)
 	if all || time.Now().Before(h.deaf) {
 		return missed
 	}
@@ -137,7 +137,7 @@ func (h *hearsay) missed(ctx context.Context, key string, since uint64, hdr nats
 	for {
 		select {
 		case <-h.news:
-			if missed, all = h.trace(key, since, hdr); all {
+			if missed, all = h.trace(key, since, last); all {
 				return missed
 			}
 		case <-timer.C:
@@ -149,34 +149,34 @@ func (h *hearsay) missed(ctx context.Context, key string, since uint64, hdr nats
 	}
 }
 
-// trace follows the writes back from one that was delivered. It reports whether
-// it got to revision since, or to where nobody can know further.
-func (h *hearsay) trace(key string, since uint64, hdr nats.Header) (missed []rumour, all bool) {
+// trace follows the writes back from the one that was delivered. It reports
+// whether it got to revision since, or to where nobody can know further.
+func (h *hearsay) trace(key string, since uint64, last rumour) (missed []rumour, all bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	r := h.of(key)
 	since = max(since, r.told, h.start)
-	on, op := predecessor(hdr)
-	for on > since && op != "" {
-		found := r.find(op, on)
-		if found == nil {
+	w := last
+	for w.on > since && w.prev != "" {
+		before := r.find(w.prev, w.on)
+		if before == nil {
 			break
 		}
-		found.revision = on
-		missed = append(missed, *found)
-		on, op = found.on, found.prev
+		before.revision = w.on
+		w = *before
+		missed = append(missed, w)
 	}
 	slices.Reverse(missed)
 	at := r.toldAt
 	for i := range missed {
-		next := hdr
+		next := last
 		if i+1 < len(missed) {
-			next = missed[i+1].msg.Header
+			next = missed[i+1]
 		}
-		at = missed[i].written(at, next)
+		at = missed[i].written(at, next.msg.Header)
 		missed[i].at = at
 	}
-	return missed, on <= max(since, h.from) || op == ""
+	return missed, w.on <= max(since, h.from) || w.prev == ""
 }
 
 // written estimates when the write was stored, given when the one before it was,

@@ -364,7 +364,7 @@ func (w *natsWatch) tellMissed(ctx context.Context, key string, msg *nats.Msg, d
 	if t := w.alive[key]; t != nil {
 		since = t.revision
 	}
-	for _, m := range w.hearsay.missed(ctx, key, since, msg.Header) {
+	for _, m := range w.hearsay.missed(ctx, key, since, msg) {
 		w.tell(key, decode(m.msg.Header, m.msg.Data, m.revision, min(m.at, d.written), w.b.setup.Load().MaxAge))
 	}
 	w.hearsay.settle(key, d.seq, d.written)

@@ -305,7 +305,7 @@ func TestHearsay(t *testing.T) {
 		}}
 	}
 	told := func(h *hearsay, since uint64, delivered *nats.Msg) (all []string) {
-		for _, m := range h.missed(context.Background(), "k", since, delivered.Header) {
+		for _, m := range h.missed(context.Background(), "k", since, delivered) {
 			all = append(all, fmt.Sprintf("%d %s", m.revision, m.msg.Data))
 		}
 		return all
