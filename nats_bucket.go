@@ -248,15 +248,16 @@ func (b *bucket) exists(c *call, r *record) bool {
 }
 
 // expired reports whether a deadline has passed by the server's clock, of which
-// a lower bound is known. Where that is close to the deadline or might be
-// wrong, the server is asked first.
+// a lower bound is known. Where that does not decide it, is close to the
+// deadline or might be wrong, the server is asked first.
 func (b *bucket) expired(c *call, deadline moment) bool {
 	if deadline == 0 {
 		return false
 	}
 	now, slack, age := b.clock.read(b.nc)
-	maybe, close := deadline.passed(now+slack), !deadline.passed(now-closeCall)
-	if maybe && (age >= sampleLife || close && age > freshSample) {
+	maybe, surely := deadline.passed(now+slack), deadline.passed(now-closeCall)
+	open := !surely && (age > freshSample || !deadline.passed(now))
+	if maybe && (age >= sampleLife || open) {
 		if info, err := b.info(c); err == nil {
 			now = moment(info.Now.UnixNano())
 		}

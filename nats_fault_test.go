@@ -327,6 +327,49 @@ func TestClockSetBack(t *testing.T) {
 	eventually(t, func() bool { return r.count() == 2 }, "the expiry")
 }
 
+// TestClockVague: the answer from which the server's clock is estimated took
+// half a second, and still what has expired is seen to have.
+func TestClockVague(t *testing.T) {
+	t.Parallel()
+	const ttl, trip = 50 * time.Millisecond, 500 * time.Millisecond
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, startServer(t, nil).ClientURL()), Bucket: "b"})
+	other := openStore(t, NATSStoreConfig{Conn: s.nc, Bucket: "b"})
+	require.NoError(t, mustLock(t, s, "warm", time.Minute).Unlock())
+	for _, key := range []string{"listed", "read", "updated"} {
+		require.NoError(t, other.Put(key, []byte("v"), ttl))
+	}
+	mustLock(t, other, "held", ttl)
+	time.Sleep(ttl + 10*time.Millisecond)
+
+	for what, is := range map[string]func(){
+		"read": func() {
+			_, err := s.Get("read")
+			refuses(t, ErrNotFound, err)
+		},
+		"listed": func() {
+			all, err := s.Keys("*")
+			require.NoError(t, err)
+			assert.NotContains(t, all, "listed")
+		},
+		"updated": func() {
+			_, err := s.Update("updated", nil, 0, 0)
+			require.NoError(t, err)
+		},
+		"held": func() {
+			mustLock(t, s, "held", ttl)
+		},
+	} {
+		for _, b := range []*bucket{s.data, s.locks.bucket} {
+			b.clock.mu.Lock()
+			b.clock.at, b.clock.trip = time.Now(), trip
+			b.clock.base = moment(b.clock.at.Add(-trip).UnixNano())
+			b.clock.mu.Unlock()
+		}
+		t.Log(what)
+		is()
+	}
+}
+
 // TestHistoryDoesNotComeBack: with a history, the end of the newest revision
 // must not bring back an older one; a TTL left to the server alone does.
 func TestHistoryDoesNotComeBack(t *testing.T) {

@@ -35,8 +35,10 @@ var suite = map[string]string{
 	"memory-suite": ". -run ^TestMemoryStoreConformance$",
 	"nats-suite":   ". -run ^TestNATSStoreConformance$",
 	"fuzz":         ". -run ^Fuzz",
+	"exclusion":    ". -run ^TestMutualExclusionUnderFaults$",
 	"bursts":       ". -run ^TestWatchBurst$",
 	"clock":        ". -run ^TestClockSetBack$",
+	"vague-clock":  ". -run ^TestClockVague$",
 	"memory-model": "proof -run ^TestMemoryStoreModel$",
 	"nats-model":   "proof -run ^TestNATSStoreModel$",
 	"both-model":   "proof -run ^TestBothModel$",
@@ -62,7 +64,7 @@ const (
 
 var mutations = []mutation{
 	{"memory-update-without-cas", []edit{{"if current != *expected {", "if false && current != *expected {"}}, []string{"memory-model", "memory-suite", inMemory}},
-	{"no-cas", []edit{{"	hdr.set(headerExpected, strconv.FormatUint(last.revision, 10))\n", ""}}, []string{oneServer, "deletes", "nats-suite"}},
+	{"no-cas", []edit{{"	hdr.set(headerExpected, strconv.FormatUint(last.revision, 10))\n", ""}}, []string{oneServer, "deletes", "nats-suite", "exclusion"}},
 	{"unlock-without-ownership", []edit{
 		{"if l.released || l.lapse(time.Now()) && !l.unsure {", "if l.released {"},
 		{"if err == nil && l.lapsed {", "if false {"},
@@ -121,8 +123,12 @@ var mutations = []mutation{
 		{"		w.tellMissed(ctx, key, msg, d)\n", ""},
 	}, []string{"bursts", oneServer, three}},
 	{"a-clock-that-goes-on", []edit{ // as if a server's clock were never set back
-		{"maybe && (age >= sampleLife || close && age > freshSample)", "maybe && !close && age >= sampleLife"},
+		{"open := !surely && (age > freshSample || !deadline.passed(now))", "open := false"},
+		{"age >= sampleLife || open", "surely && age >= sampleLife || open"},
 	}, []string{"clock"}},
+	{"an-estimate-is-good-enough", []edit{
+		{"!surely && (age > freshSample || !deadline.passed(now))", "!surely && age > freshSample"},
+	}, []string{"vague-clock"}},
 	{"watch-tells-early-expiries", []edit{
 		{"next == 0 || !next.passed(w.b.clock.now())", "next == 0"},
 		{"	now := moment(info.Now.UnixNano())\n	var due", "	now := moment(info.Now.Add(time.Second).UnixNano())\n	var due"},
