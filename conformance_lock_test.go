@@ -133,36 +133,33 @@ var lockCases = []conformanceCase{
 	}},
 	{"mutual-exclusion", "at most one holder at a time, under contention and crashes", func(t *testing.T, dial func() StateStore) {
 		const clients, each = 8, 15
-		var holders, cycles, violations atomic.Int32
-		var highest atomic.Uint64
+		const ttl = 2 * time.Second
+		var seen witness
 		var wg sync.WaitGroup
 		for c := range clients {
 			s := dial()
 			wg.Go(func() {
 				for i := range each {
 					var l Lock
+					var asked time.Time
 					eventually(t, func() bool {
 						var err error
-						l, err = s.Lock("l", 2*time.Second)
+						asked = time.Now()
+						l, err = s.Lock("l", ttl)
 						return err == nil
 					}, "lock")
-					token := l.(Fenced).Token()
-					if highest.Swap(token) >= token || holders.Add(1) != 1 {
-						violations.Add(1)
+					work := seen.begin(l, asked, ttl)
+					if !assert.NotNil(t, work) || c == 0 && i == 7 {
+						continue // it crashes
 					}
-					cycles.Add(1)
-					if c == 0 && i == 7 { // it crashes; its work ends before its lease
-						holders.Add(-1)
-						continue
-					}
-					holders.Add(-1)
+					assert.True(t, seen.end(work))
 					assert.NoError(t, l.Unlock())
 				}
 			})
 		}
 		wg.Wait()
-		assert.Zero(t, violations.Load())
-		assert.EqualValues(t, clients*each, cycles.Load())
+		assert.Zero(t, seen.violations)
+		assert.Equal(t, clients*each, seen.cycles)
 	}},
 	{"refresh-races-unlock", "Refresh racing Unlock never resurrects a lock", func(t *testing.T, dial func() StateStore) {
 		a, b := dial(), dial()

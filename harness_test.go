@@ -387,3 +387,63 @@ func (p *process) kill() {
 	_ = p.cmd.Process.Kill()
 	_ = p.cmd.Wait()
 }
+
+// A witness is told who counts on a lock, and counts what must not happen:
+// that two do at a time, or that a token does not grow.
+type witness struct {
+	mu         sync.Mutex // guards what follows
+	holder     *claim
+	highest    uint64
+	cycles     int
+	violations int
+}
+
+// A claim is one holder's. He counts on the lock until then by his own clock,
+// and no longer, whatever he is stuck in.
+type claim struct{ until time.Time }
+
+// begin says that a holder who asked then begins to work. It returns nil if it
+// was granted too late to be of use.
+func (w *witness) begin(l Lock, asked time.Time, ttl time.Duration) *claim {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	c, now := &claim{asked.Add(ttl)}, time.Now()
+	if !now.Before(c.until) {
+		return nil
+	}
+	token := l.(Fenced).Token()
+	if w.holder != nil && now.Before(w.holder.until) || token <= w.highest {
+		w.violations++
+	}
+	w.cycles++
+	w.holder, w.highest = c, max(token, w.highest)
+	return c
+}
+
+// extend says that his lease was refreshed, for which he asked then.
+func (w *witness) extend(c *claim, asked time.Time, ttl time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	c.until = asked.Add(ttl)
+	w.check(c)
+}
+
+// end says that he stops working. It reports whether his lease had not lapsed.
+func (w *witness) end(c *claim) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	counted := w.check(c)
+	if w.holder == c {
+		w.holder = nil
+	}
+	return counted
+}
+
+// check reports whether a holder still counts on the lock. Then it must be his.
+func (w *witness) check(c *claim) bool {
+	counted := time.Now().Before(c.until)
+	if counted && w.holder != c {
+		w.violations++
+	}
+	return counted
+}
