@@ -126,7 +126,7 @@ func (b *bucket) last(c *call, key string) (record, error) {
 	}
 	msg := &nats.Msg{Subject: "$JS.API.DIRECT.GET." + b.stream + "." + b.prefix + key}
 	for {
-		answer, err := b.ask(c, msg)
+		answer, err := b.ask(c, msg, 0)
 		if err == nil {
 			switch status := answer.Header.Get("Status"); status {
 			case "":

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -148,6 +149,38 @@ func TestUnreachable(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// TestCallKeepsUp: who is beaten by others is in time for his next attempt,
+// however often he was, and gives up when nobody gets on any more.
+func TestCallKeepsUp(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := newCall(t.Context())
+		for range 20 {
+			require.True(t, c.again())
+		}
+		began := time.Now()
+		require.True(t, c.again())
+		require.GreaterOrEqual(t, time.Since(began), 50*time.Millisecond)
+		for range 100 {
+			c.progress()
+			began := time.Now()
+			require.True(t, c.again())
+			require.Less(t, time.Since(began), 2*firstPause)
+		}
+		c.progress()
+		began = time.Now()
+		for c.again() {
+			require.Less(t, time.Since(began), patience-enough)
+		}
+		require.Less(t, time.Since(began), patience)
+		for more := true; more; {
+			c.progress()
+			more = c.again()
+			require.Equal(t, time.Since(c.begun) < 2*patience-enough, more)
+		}
+	})
 }
 
 // TestExpiredAfterRestart: for a quarter second after its start a server still

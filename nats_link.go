@@ -20,6 +20,12 @@ const (
 	// answerTime is how long one request waits for its answer. It is shorter,
 	// so that there is time to find out what became of a lost one.
 	answerTime = 2 * time.Second
+	// hasty is how often that is halved for the first request of those that may
+	// be repeated: one that comes between two leaders is never answered.
+	hasty = 2
+	// enough is what time must be left for another attempt: cut short, it would
+	// hide why the one before failed.
+	enough = 200 * time.Millisecond
 	// goneFor is for how long a stream must not be found to be taken for gone.
 	goneFor = time.Second
 )
@@ -66,12 +72,16 @@ type call struct {
 
 func newCall(ctx context.Context) *call {
 	now := time.Now()
-	return &call{ctx: ctx, begun: now, end: now.Add(patience), pause: 500 * time.Microsecond}
+	return &call{ctx: ctx, begun: now, end: now.Add(patience), pause: firstPause}
 }
 
+// firstPause is how long about a call waits before its second attempt.
+const firstPause = 500 * time.Microsecond
+
 // progress gives the call more time, but not for ever: the server answers, and
-// it is others who get on.
+// it is others who get on. Who waited longer each time would never get a turn.
 func (c *call) progress() {
+	c.pause = firstPause
 	c.end = time.Now().Add(patience)
 	if last := c.begun.Add(2 * patience); c.end.After(last) {
 		c.end = last
@@ -86,7 +96,7 @@ func (c *call) again() bool {
 	c.pause = min(2*c.pause, 100*time.Millisecond)
 	select {
 	case <-timer.C:
-		return time.Now().Before(c.end)
+		return time.Until(c.end) > enough
 	case <-c.ctx.Done():
 		return false
 	}
@@ -98,7 +108,7 @@ func (c *call) retry() bool {
 	if c.tries++; c.tries > 3 {
 		time.Sleep(mathrand.N(min(time.Duration(c.tries)*100*time.Microsecond, 5*time.Millisecond)))
 	}
-	return time.Now().Before(c.end)
+	return time.Until(c.end) > enough
 }
 
 // A link is a connection and its epochs. An epoch ends when the connection is
@@ -112,7 +122,7 @@ type epoch struct {
 	ctx context.Context // done when the epoch is over
 	end context.CancelFunc
 
-	current atomic.Pointer[window]
+	windows [hasty + 1]atomic.Pointer[window] // by how often answerTime is halved
 }
 
 // A window is a context that the requests of a short while share: one for each
@@ -123,19 +133,16 @@ type window struct {
 	until  time.Time
 }
 
-// windowLength is by how much a request may wait longer than answerTime.
-const windowLength = answerTime / 4
-
-// window returns a context that is done when answerTime has passed, or a little
-// later, and when the epoch is over.
-func (e *epoch) window() context.Context {
-	now := time.Now()
-	if w := e.current.Load(); w != nil && now.Before(w.until) {
+// window returns a context that is done when a request has waited long enough,
+// or up to a quarter longer, and when the epoch is over.
+func (e *epoch) window(halved int) context.Context {
+	current, wait, now := &e.windows[halved], answerTime>>halved, time.Now()
+	if w := current.Load(); w != nil && now.Before(w.until) {
 		return w.ctx
 	}
-	w := &window{until: now.Add(windowLength)}
-	w.ctx, w.cancel = context.WithTimeout(e.ctx, answerTime+windowLength)
-	e.current.Store(w) // the one before ends by itself
+	w := &window{until: now.Add(wait / 4)}
+	w.ctx, w.cancel = context.WithTimeout(e.ctx, wait+wait/4)
+	current.Store(w) // the one before ends by itself
 	return w.ctx
 }
 
@@ -170,34 +177,31 @@ func (l *link) follow(status chan nats.Status, quit <-chan struct{}) {
 	}
 }
 
-// ask makes one request and waits for its answer. Its error is the cause alone.
-func (b *bucket) ask(c *call, msg *nats.Msg) (*nats.Msg, error) {
-	timeout := min(answerTime, time.Until(c.end))
-	if timeout <= 0 {
+// ask makes one request and waits for its answer, for answerTime or, halved so
+// often, less. Its error is the cause alone.
+func (b *bucket) ask(c *call, msg *nats.Msg, halved int) (*nats.Msg, error) {
+	left := time.Until(c.end)
+	if left <= 0 {
 		return nil, b.explain(context.DeadlineExceeded, msg.Subject)
 	}
-	answer, err := b.request(c.ctx, msg, timeout)
-	if err != nil {
-		return nil, b.explain(err, msg.Subject)
-	}
-	return answer, nil
-}
-
-func (b *bucket) request(ctx context.Context, msg *nats.Msg, timeout time.Duration) (*nats.Msg, error) {
 	epoch := b.epoch.Load()
-	if ctx.Done() == nil && timeout == answerTime {
-		ctx = epoch.window()
+	var ctx context.Context
+	if wait := answerTime >> halved; c.ctx.Done() == nil && wait <= left {
+		ctx = epoch.window(halved)
 	} else {
-		limited, cancel := context.WithTimeout(epoch.ctx, timeout)
+		limited, cancel := context.WithTimeout(epoch.ctx, min(wait, left))
 		defer cancel()
-		defer context.AfterFunc(ctx, cancel)()
+		defer context.AfterFunc(c.ctx, cancel)()
 		ctx = limited
 	}
 	answer, err := b.nc.RequestMsgWithContext(ctx, msg)
-	if err != nil && err == ctx.Err() && epoch.ctx.Err() != nil {
+	switch {
+	case err == nil:
+		return answer, nil
+	case err == ctx.Err() && epoch.ctx.Err() != nil:
 		err = nats.ErrDisconnected
 	}
-	return answer, err
+	return nil, b.explain(err, msg.Subject)
 }
 
 // explain adds to a request that got no answer that it was refused for lack of
@@ -225,19 +229,22 @@ func (b *bucket) api(c *call, verb, object string, req, answer any) error {
 		}
 	}
 	msg := &nats.Msg{Subject: "$JS.API." + verb + "." + object, Data: data}
-	for {
-		err := b.apiOnce(c, msg, answer)
+	for halved := hasty; ; {
+		err := b.apiOnce(c, msg, answer, halved)
 		if apiCode(err) == codeNoStream && b.replicated() && time.Since(c.begun) < goneFor && c.again() {
 			continue // one of the servers has not heard of it yet
 		}
 		if err == nil || !transient(err) || errors.Is(err, nats.ErrPermissionViolation) || !c.again() {
 			return err
 		}
+		if errors.Is(err, context.DeadlineExceeded) {
+			halved = max(halved-1, 0)
+		}
 	}
 }
 
-func (b *bucket) apiOnce(c *call, msg *nats.Msg, answer any) error {
-	reply, err := b.ask(c, msg)
+func (b *bucket) apiOnce(c *call, msg *nats.Msg, answer any, halved int) error {
+	reply, err := b.ask(c, msg, halved)
 	if err != nil {
 		return err
 	}

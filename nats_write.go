@@ -31,7 +31,7 @@ func (b *bucket) send(c *call, msg *nats.Msg) (seq uint64, o outcome, err error)
 	if b.nc.IsClosed() {
 		return 0, refused, nats.ErrConnectionClosed
 	}
-	reply, err := b.ask(c, msg)
+	reply, err := b.ask(c, msg, 0)
 	if err != nil {
 		switch {
 		case errors.Is(err, nats.ErrNoResponders), errors.Is(err, nats.ErrReconnectBufExceeded):
@@ -184,7 +184,10 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 				}
 				doubt = nil
 			}
-			last = &found
+			if found.revision != beatenBy && attempts > 0 {
+				c.progress()
+			}
+			last, beatenBy = &found, found.revision
 		}
 		if w.markers && last.leaving(b.clock.now()) {
 			// The marker that the server puts in its place would remove what is
@@ -217,10 +220,6 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 		case conflicting:
 			if last = nil; seq == 0 && doubt == nil && setup.Replicas <= 1 {
 				last = &record{} // it is gone
-			}
-			if seq != beatenBy {
-				beatenBy = seq
-				c.progress()
 			}
 			if !c.retry() {
 				return fail(err)
