@@ -3,6 +3,7 @@ package state
 import (
 	"fmt"
 	"io"
+	mathrand "math/rand/v2"
 	"net"
 	"net/url"
 	"os"
@@ -70,12 +71,24 @@ func startRestartable(t testing.TB) *restartable {
 
 func (r *restartable) start(t testing.TB) { r.Server = runServer(t, r.opts.Clone()) }
 
+var ports atomic.Uint32
+
+func init() { ports.Store(mathrand.Uint32N(20_000)) }
+
+// freePort returns a port for a server that is to come back on it. It is not one
+// that the system gives to a connection or a listener meanwhile: these are above
+// 32767.
 func freePort(t testing.TB) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	defer func() { _ = l.Close() }()
-	return l.Addr().(*net.TCPAddr).Port
+	for range 100 {
+		port := 10_000 + int(ports.Add(1)%20_000)
+		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+			require.NoError(t, l.Close())
+			return port
+		}
+	}
+	require.Fail(t, "no port is free")
+	return 0
 }
 
 // connect returns a connection that lasts as long as the test.
@@ -109,35 +122,19 @@ type cluster struct {
 func startCluster(t testing.TB) *cluster {
 	t.Helper()
 	c := &cluster{}
+	var routes []*url.URL
 	for i := range 3 {
-		opts := &server.Options{
-			ServerName: fmt.Sprintf("s%d", i), Host: "127.0.0.1", Port: server.RANDOM_PORT,
+		c.opts = append(c.opts, &server.Options{
+			ServerName: fmt.Sprintf("s%d", i), Host: "127.0.0.1", Port: freePort(t),
 			JetStream: true, StoreDir: t.TempDir(), NoSigs: true, NoLog: true,
-			Cluster: server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: server.RANDOM_PORT},
-		}
-		// The routes must be known before the server starts, and its own is not:
-		// each goes to the ones before it, and they tell each other.
-		for _, other := range c.opts {
-			opts.Routes = append(opts.Routes, route(other))
-		}
-		if i == 0 {
-			// Without a route it would not be a member of a cluster.
-			opts.Routes = []*url.URL{{Scheme: "nats", Host: "127.0.0.1:1"}}
-		}
-		srv, err := server.NewServer(opts.Clone())
-		require.NoError(t, err)
-		srv.Start()
-		c.servers = append(c.servers, srv)
-		eventually(t, func() bool { return srv.Addr() != nil && srv.ClusterAddr() != nil }, "listening")
-		opts.Port = srv.Addr().(*net.TCPAddr).Port
-		opts.Cluster.Port = srv.ClusterAddr().Port
-		c.opts = append(c.opts, opts)
+			Cluster: server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: freePort(t)},
+		})
+		routes = append(routes, &url.URL{Scheme: "nats", Host: fmt.Sprintf("127.0.0.1:%d", c.opts[i].Cluster.Port)})
 	}
-	for _, opts := range c.opts { // for restarts
-		opts.Routes = nil
-		for _, other := range c.opts {
-			opts.Routes = append(opts.Routes, route(other))
-		}
+	for i, opts := range c.opts {
+		opts.Routes = routes
+		c.servers = append(c.servers, nil)
+		c.restart(t, i)
 	}
 	t.Cleanup(func() {
 		for _, srv := range c.servers {
@@ -154,10 +151,6 @@ func startCluster(t testing.TB) *cluster {
 	_, err := nc.Request("$JS.API.STREAM.DELETE.probe", nil, 5*time.Second)
 	require.NoError(t, err)
 	return c
-}
-
-func route(opts *server.Options) *url.URL {
-	return &url.URL{Scheme: "nats", Host: fmt.Sprintf("127.0.0.1:%d", opts.Cluster.Port)}
 }
 
 // settle waits until the cluster has a leader and all servers are current.

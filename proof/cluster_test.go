@@ -3,13 +3,16 @@ package proof
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -52,15 +55,27 @@ type client struct {
 	links []*proxy
 }
 
+var lastPort atomic.Uint32
+
+func init() { lastPort.Store(rand.Uint32N(20_000)) }
+
+// freePorts returns ports for servers that come back on them. They are not among
+// those that the system gives to connections and listeners meanwhile: these are
+// above 32767.
 func freePorts(n int) ([]int, error) {
 	ports := make([]int, n)
 	for i := range ports {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return nil, err
+		for ports[i] == 0 {
+			port := 10_000 + int(lastPort.Add(1)%20_000)
+			l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+			switch {
+			case err == nil:
+				ports[i] = port
+				l.Close()
+			case !errors.Is(err, syscall.EADDRINUSE):
+				return nil, err
+			}
 		}
-		defer l.Close()
-		ports[i] = l.Addr().(*net.TCPAddr).Port
 	}
 	return ports, nil
 }
