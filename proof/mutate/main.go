@@ -39,6 +39,7 @@ var suite = map[string]string{
 	"bursts":       ". -run ^TestWatchBurst$",
 	"clock":        ". -run ^TestClockSetBack$",
 	"vague-clock":  ". -run ^TestClockVague$",
+	"calls":        ". -run ^TestCallKeepsUp$",
 	"memory-model": "proof -run ^TestMemoryStoreModel$",
 	"nats-model":   "proof -run ^TestNATSStoreModel$",
 	"both-model":   "proof -run ^TestBothModel$",
@@ -129,6 +130,9 @@ var mutations = []mutation{
 	{"an-estimate-is-good-enough", []edit{
 		{"!surely && (age > freshSample || !deadline.passed(now))", "!surely && age > freshSample"},
 	}, []string{"vague-clock"}},
+	{"who-is-beaten-waits-longer", []edit{
+		{"	c.pause = firstPause\n", ""},
+	}, []string{"calls"}},
 	{"watch-tells-early-expiries", []edit{
 		{"next == 0 || !next.passed(w.b.clock.now())", "next == 0"},
 		{"	now := moment(info.Now.UnixNano())\n	var due", "	now := moment(info.Now.Add(time.Second).UnixNano())\n	var due"},
