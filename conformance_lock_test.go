@@ -367,7 +367,7 @@ var withLockCases = []conformanceCase{
 		refuses(t, context.Canceled, err)
 		require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
 	}},
-	{"with-lock-lost", "fn's context is cancelled the moment the lease can no longer be counted on", func(t *testing.T, dial func() StateStore) {
+	{"with-lock-lost", "fn's context is cancelled the timestamp the lease can no longer be counted on", func(t *testing.T, dial func() StateStore) {
 		s := dial()
 		before := time.Now()
 		err := WithLock(context.Background(), refreshless{s}, "l", 200*time.Millisecond, func(ctx context.Context, _ uint64) error {

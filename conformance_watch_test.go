@@ -12,7 +12,7 @@ import (
 )
 
 var watchCases = []conformanceCase{
-	{"watch", "from the moment that Watch returns every later Put, Delete and expiry of a matching key is told", func(t *testing.T, dial func() StateStore) {
+	{"watch", "from the timestamp that Watch returns every later Put, Delete and expiry of a matching key is told", func(t *testing.T, dial func() StateStore) {
 		a, b := dial(), dial()
 		require.NoError(t, a.Put("k.before", []byte("x"), 0))
 		events := mustWatch(t, b, "k.*")

@@ -44,17 +44,23 @@ var (
 
 // What the additions to the documented API return, bare as well.
 var (
-	// ErrConflict is returned by Update when the key's revision is no longer
-	// the given one. Nothing was written.
+	// ErrConflict is returned by Update and DeleteRevision when the key's
+	// revision is not the given one. Nothing was written.
 	ErrConflict = errors.New("revision conflict")
 
 	// ErrValueTooLarge is returned for a value that is larger than the store's
 	// limit. Nothing was sent.
 	ErrValueTooLarge = errors.New("value too large")
+
+	// ErrStoreFull is returned for a write that would exceed what the store may
+	// hold, such as the max_bytes of a bucket. Nothing was written. Deletions
+	// still work.
+	ErrStoreFull = errors.New("store full")
 )
 
 // ErrOutcomeUnknown is wrapped by the error of a write whose answer was lost
-// and whose fate could not be learnt in time: it was applied, or it may still
-// be applied late, though never over a newer change. A write that failed with
+// and whose fate could not be determined in time: it was applied, or it may
+// still take effect shortly, or it never will. An Update or a DeleteRevision can
+// only ever take effect on the revision that it names. A write that failed with
 // any other error was not applied.
 var ErrOutcomeUnknown = errors.New("outcome unknown")

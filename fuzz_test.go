@@ -112,7 +112,7 @@ func FuzzDecode(f *testing.F) {
 		if at <= 0 || maxAge < 0 {
 			return // the server's own, which are never so
 		}
-		written := moment(at)
+		written := timestamp(at)
 		r, err := (&storedMsg{Seq: seq, Header: block, Data: data, Time: time.Unix(0, at)}).record(time.Duration(maxAge))
 		if err != nil {
 			return
@@ -144,7 +144,7 @@ func FuzzDecode(f *testing.F) {
 		if !stored {
 			return // no server takes it
 		}
-		var want moment
+		var want timestamp
 		if server > 0 && server <= maxBroom {
 			want = written.deadline(server)
 		}
@@ -199,19 +199,19 @@ func FuzzEntry(f *testing.F) {
 	f.Add(int64(time.Second), int64(-time.Millisecond), int64(time.Second), int64(0), int64(1e6), false)
 	f.Add(int64(time.Second), int64(-time.Hour), int64(2*time.Hour), int64(0), int64(1e6), false)
 	f.Fuzz(func(t *testing.T, ttl, life, age, slack, delay int64, deleted bool) {
-		const now = moment(1_700_000_000_000_000_000)
+		const now = timestamp(1_700_000_000_000_000_000)
 		if ttl < 0 || age < 0 || slack < 0 || delay < 0 || max(age, slack, delay, -life) > int64(now/2) {
 			return
 		}
-		last := &record{entry: entry{revision: 5, created: now - moment(age), modified: now - moment(age)}, deleted: deleted}
+		last := &record{entry: entry{revision: 5, created: now - timestamp(age), modified: now - timestamp(age)}, deleted: deleted}
 		switch {
 		case life > 0:
 			last.deadline = now.deadline(time.Duration(life)) // it is there for all that the writer knows
 		case life < 0:
-			last.deadline = now + moment(life) // it has gone
+			last.deadline = now + timestamp(life) // it has gone
 		}
-		msg, next := entryWriter{subject: "s", op: "op", now: now, slack: moment(slack)}.value(last, []byte("v"), time.Duration(ttl))
-		written := now + moment(delay)
+		msg, next := entryWriter{subject: "s", op: "op", now: now, slack: timestamp(slack)}.value(last, []byte("v"), time.Duration(ttl))
+		written := now + timestamp(delay)
 		r := decode(msg.Header, msg.Data, 6, written, 0)
 		if want := written.deadline(time.Duration(ttl)); r.deadline != want {
 			t.Fatalf("ttl %d: it ends at %d instead of %d", ttl, r.deadline, want)
@@ -227,7 +227,7 @@ func FuzzEntry(f *testing.F) {
 		case (deleted || last.deadline.passed(written)) && (r.created < now || r.created > written):
 			t.Fatalf("created at %d, asked for at %d and written at %d", r.created, now, written)
 		}
-		if !next.unsure && moment(delay) < guessMargin && r.created != next.created {
+		if !next.unsure && timestamp(delay) < guessMargin && r.created != next.created {
 			t.Fatalf("its writer is sure that it was created at %d, and everybody else reads %d", next.created, r.created)
 		}
 		if seconds := msg.Header.Get("Nats-TTL"); seconds != "" {
@@ -263,7 +263,7 @@ func FuzzParseDelivery(f *testing.F) {
 				t.Fatalf("%q is %+v", reply, d)
 			}
 		}
-		want := delivery{seq, count, moment(at)}
+		want := delivery{seq, count, timestamp(at)}
 		for _, form := range []string{"$JS.ACK.KV_b.c.1.%d.%d.%d.5", "$JS.ACK._.hash.KV_b.c.1.%d.%d.%d.5", "$JS.ACK.domain.hash.KV_b.c.1.%d.%d.%d.5.token"} {
 			text := fmt.Sprintf(form, seq, count, at)
 			if got, ok := parseDelivery(text); !ok || got != want {

@@ -25,7 +25,7 @@ const (
 // hour's TTL passes at once, and nothing is left running after Close.
 type MemoryStore struct {
 	epoch  time.Time
-	first  moment        // the epoch
+	first  timestamp     // the epoch
 	quit   chan struct{} // closed by Close
 	active sync.WaitGroup
 
@@ -33,16 +33,16 @@ type MemoryStore struct {
 	closed   bool
 	revision uint64
 	items    map[string]*item
-	names    names
-	expiries agenda
+	keys     keyIndex
+	expiries expiryQueue
 	timer    *time.Timer // fires at wake
-	wake     moment
+	wake     timestamp
 	watches  watchIndex
 
 	// Locks have revisions of their own, as they are a name space of their own.
 	lockRevision uint64
 	locks        map[string]*memoryLock
-	lapses       agenda
+	lapses       expiryQueue
 	lockWaiters  map[string][]chan struct{}
 }
 
@@ -55,7 +55,7 @@ var (
 // An item is a key's current entry. Its value, if small, is replaced in place as
 // long as no event shares it.
 type item struct {
-	timed
+	expiring
 	entry
 	shared bool
 	quiet  uint64 // so many watches had been added when none was for this key
@@ -80,7 +80,7 @@ func (it *item) set(value, made []byte) {
 
 // A memoryLock is a lock that is or was held.
 type memoryLock struct {
-	timed
+	expiring
 	token uint64
 }
 
@@ -90,7 +90,7 @@ func NewMemoryStore() *MemoryStore {
 	epoch := time.Now()
 	return &MemoryStore{
 		epoch:       epoch,
-		first:       moment(epoch.UnixNano()),
+		first:       timestamp(epoch.UnixNano()),
 		quit:        make(chan struct{}),
 		items:       make(map[string]*item),
 		locks:       make(map[string]*memoryLock),
@@ -99,24 +99,24 @@ func NewMemoryStore() *MemoryStore {
 }
 
 // now returns the time by the store's clock, which never goes back.
-func (s *MemoryStore) now() moment {
-	return s.first + moment(time.Since(s.epoch))
+func (s *MemoryStore) now() timestamp {
+	return s.first + timestamp(time.Since(s.epoch))
 }
 
 // get returns the entry of a key that exists, with a value of the caller's own.
-func (s *MemoryStore) get(key string) (entry, error) {
+func (s *MemoryStore) get(key string) (*KeyValue, error) {
 	s.mu.RLock()
 	it := s.items[key]
 	if it == nil {
 		closed := s.closed
 		s.mu.RUnlock()
 		if closed {
-			return entry{}, ErrClosed
+			return nil, ErrClosed
 		}
 		if err := ValidateKey(key); err != nil {
-			return entry{}, err
+			return nil, err
 		}
-		return entry{}, ErrNotFound
+		return nil, ErrNotFound
 	}
 	e, deadline := it.entry, it.deadline
 	small := len(e.value) <= smallValue
@@ -125,27 +125,26 @@ func (s *MemoryStore) get(key string) (entry, error) {
 	}
 	s.mu.RUnlock()
 	if deadline != 0 && deadline.passed(s.now()) {
-		return entry{}, ErrNotFound // the timer is about to tell
+		return nil, ErrNotFound // the timer is about to tell
 	}
 	if !small {
 		e.value = cloneBytes(e.value) // large ones are never changed
 	}
-	return e, nil
+	return e.event(key, deadline), nil
 }
 
 // Get implements [StateStore].
 func (s *MemoryStore) Get(key string) ([]byte, error) {
 	e, err := s.get(key)
-	return e.value, err
+	if err != nil {
+		return nil, err
+	}
+	return e.Value, nil
 }
 
 // GetKeyValue implements [StateStore].
 func (s *MemoryStore) GetKeyValue(key string) (*KeyValue, error) {
-	e, err := s.get(key)
-	if err != nil {
-		return nil, err
-	}
-	return e.event(key), nil
+	return s.get(key)
 }
 
 // Put implements [StateStore].
@@ -186,18 +185,18 @@ func (s *MemoryStore) put(key string, value []byte, ttl time.Duration, expected 
 		}
 	}
 	if it == nil {
-		it = &item{timed: timed{key: key}, entry: entry{created: now}}
+		it = &item{expiring: expiring{key: key}, entry: entry{created: now}}
 		s.items[key] = it
-		s.names.add(key)
+		s.keys.add(key)
 	}
 	s.revision++
 	it.set(value, made)
 	it.revision, it.modified = s.revision, now
 	if deadline := now.deadline(ttl); deadline != it.deadline {
-		s.expiries.set(&it.timed, deadline)
+		s.expiries.set(&it.expiring, deadline)
 		s.schedule(now)
 	}
-	if it.quiet != s.watches.added && !s.watches.tell(key, it.share) {
+	if it.quiet != s.watches.added && !s.watches.publish(key, it.share) {
 		it.quiet = s.watches.added
 	}
 	return s.revision, nil
@@ -206,7 +205,7 @@ func (s *MemoryStore) put(key string, value []byte, ttl time.Duration, expected 
 // share returns the entry as an event.
 func (it *item) share() *KeyValue {
 	it.shared = true
-	return it.event(it.key)
+	return it.event(it.key, it.deadline)
 }
 
 // Delete implements [StateStore].
@@ -226,21 +225,21 @@ func (s *MemoryStore) Delete(key string) error {
 	}
 	s.revision++
 	s.remove(it, s.revision, now)
-	s.expiries.drop(&it.timed)
+	s.expiries.drop(&it.expiring)
 	s.schedule(now)
 	return nil
 }
 
 // remove makes a key disappear, and tells. The caller holds mu.
-func (s *MemoryStore) remove(it *item, revision uint64, at moment) {
+func (s *MemoryStore) remove(it *item, revision uint64, at timestamp) {
 	delete(s.items, it.key)
-	s.names.remove(it.key)
-	s.watches.tell(it.key, func() *KeyValue { return deletion(it.key, revision, at) })
+	s.keys.remove(it.key)
+	s.watches.publish(it.key, func() *KeyValue { return deletion(it.key, revision, at) })
 }
 
 // sweep removes what has expired, so that what follows finds the store as its
 // clock says it is. The caller holds mu.
-func (s *MemoryStore) sweep() (now moment) {
+func (s *MemoryStore) sweep() (now timestamp) {
 	now = s.now()
 	for t := s.expiries.due(now); t != nil; t = s.expiries.due(now) {
 		it := s.items[t.key]
@@ -250,7 +249,7 @@ func (s *MemoryStore) sweep() (now moment) {
 }
 
 // schedule has the timer fire for the next expiry. The caller holds mu.
-func (s *MemoryStore) schedule(now moment) {
+func (s *MemoryStore) schedule(now timestamp) {
 	next := s.expiries.next()
 	if next == s.wake {
 		return
@@ -297,7 +296,7 @@ func (s *MemoryStore) Keys(pattern string) ([]string, error) {
 		}
 		return []string{pattern}, nil
 	}
-	return s.names.withPrefix(p.prefix, s.items), nil
+	return s.keys.withPrefix(p.prefix, s.items), nil
 }
 
 // Watch implements [StateStore]. It ends with the store and for no other
@@ -321,15 +320,16 @@ func (s *MemoryStore) WatchContext(ctx context.Context, pattern string) (<-chan 
 		return nil, err
 	}
 	s.sweep() // what expired before is not told
-	box := newOutbox()
+	box := newSubscription()
+	reader := make(chan *KeyValue)
 	s.watches.add(p, box)
 	s.active.Go(func() {
-		box.deliver(ctx.Done(), s.quit)
+		box.deliver(reader, ctx.Done(), s.quit)
 		s.mu.Lock()
 		s.watches.remove(p, box)
 		s.mu.Unlock()
 	})
-	return box.reader, nil
+	return reader, nil
 }
 
 // Lock implements [StateStore]. The lock is a [Fenced].
@@ -359,15 +359,15 @@ func (s *MemoryStore) grant(key string, ttl time.Duration) (*lease, error) {
 		return nil, ErrLockHeld
 	}
 	s.lockRevision++
-	held := &memoryLock{timed: timed{key: key}, token: s.lockRevision}
+	held := &memoryLock{expiring: expiring{key: key}, token: s.lockRevision}
 	s.locks[key] = held
-	s.lapses.set(&held.timed, now.deadline(ttl))
+	s.lapses.set(&held.expiring, now.deadline(ttl))
 	return newLease(s, key, ttl, asked, held.token), nil
 }
 
 // heldBy returns the lock that the lease is for, unless it has lapsed. The
 // caller holds mu.
-func (s *MemoryStore) heldBy(l *lease, now moment) *memoryLock {
+func (s *MemoryStore) heldBy(l *lease, now timestamp) *memoryLock {
 	held := s.locks[l.key]
 	if held == nil || held.token != l.token || held.deadline.passed(now) {
 		return nil
@@ -386,7 +386,7 @@ func (s *MemoryStore) extend(l *lease) error {
 	if s.closed {
 		return ErrClosed
 	}
-	s.lapses.set(&held.timed, now.deadline(l.ttl))
+	s.lapses.set(&held.expiring, now.deadline(l.ttl))
 	return nil
 }
 
@@ -397,7 +397,7 @@ func (s *MemoryStore) release(l *lease) error {
 	if held == nil {
 		return ErrLockNotHeld
 	}
-	s.lapses.drop(&held.timed)
+	s.lapses.drop(&held.expiring)
 	delete(s.locks, l.key)
 	for _, ch := range s.lockWaiters[l.key] {
 		select {
@@ -432,7 +432,7 @@ func (s *MemoryStore) Close() error {
 		if s.timer != nil {
 			s.timer.Stop()
 		}
-		s.items, s.names, s.expiries = nil, names{}, nil
+		s.items, s.keys, s.expiries = nil, keyIndex{}, nil
 	}
 	s.mu.Unlock()
 	s.active.Wait()

@@ -61,9 +61,9 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 //   - A bucket with delete markers (SubjectDeleteMarkerTTL, which nats.go calls
 //     LimitMarkerTTL) keeps them, since other clients may rely on them. On a
 //     replicated bucket the server can then lose a write that is under way at
-//     the moment when it removes the key's old value. The store keeps out of
+//     the timestamp when it removes the key's old value. The store keeps out of
 //     the way: it has the server remove its values ten minutes after they have
-//     expired, and a write that would be under way at such a moment waits for
+//     expired, and a write that would be under way at such a timestamp waits for
 //     the server, for two seconds at most.
 //
 // On several replicas every read is answered by the stream's leader. A leader
@@ -239,7 +239,7 @@ func (s *NATSStore) GetKeyValue(key string) (*KeyValue, error) {
 	if err != nil {
 		return nil, err
 	}
-	return r.event(key), nil
+	return r.event(key, r.deadline), nil
 }
 
 // Put implements [StateStore].

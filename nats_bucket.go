@@ -111,7 +111,7 @@ func (b *bucket) infoBy(c *call, verb string, req any) (*streamInfo, error) {
 		if err := json.Unmarshal(info.Config, &info.setup); err != nil {
 			return nil, fmt.Errorf("configuration of stream %s: %w", b.stream, err)
 		}
-		b.clock.set(moment(info.Now.UnixNano()), asked, reconnects)
+		b.clock.set(timestamp(info.Now.UnixNano()), asked, reconnects)
 		b.setup.Store(&info.setup)
 		return &info, nil
 	}
@@ -250,7 +250,7 @@ func (b *bucket) exists(c *call, r *record) bool {
 // expired reports whether a deadline has passed by the server's clock, of which
 // a lower bound is known. Where that does not decide it, is close to the
 // deadline or might be wrong, the server is asked first.
-func (b *bucket) expired(c *call, deadline moment) bool {
+func (b *bucket) expired(c *call, deadline timestamp) bool {
 	if deadline == 0 {
 		return false
 	}
@@ -259,7 +259,7 @@ func (b *bucket) expired(c *call, deadline moment) bool {
 	open := !surely && (age > freshSample || !deadline.passed(now))
 	if maybe && (age >= sampleLife || open) {
 		if info, err := b.info(c); err == nil {
-			now = moment(info.Now.UnixNano())
+			now = timestamp(info.Now.UnixNano())
 		}
 	}
 	return deadline.passed(now)

@@ -13,7 +13,7 @@ import (
 // offset of the local wall clock nor its steps matter.
 type serverClock struct {
 	mu         sync.Mutex // guards what follows
-	base       moment     // the server's clock, when
+	base       timestamp  // the server's clock, when
 	at         time.Time  // its answer arrived
 	trip       time.Duration
 	reconnects uint64
@@ -25,13 +25,13 @@ const (
 	// needed where it is a close call: a server's clock may be set back, too.
 	sampleLife  = 10 * time.Second
 	freshSample = 100 * time.Millisecond
-	closeCall   = moment(time.Second)
+	closeCall   = timestamp(time.Second)
 	// maxDrift is by how much clocks may run at different speeds: 1 in so many.
 	maxDrift = 5000
 )
 
 // set takes a sample: base was the server's time after asked.
-func (c *serverClock) set(base moment, asked time.Time, reconnects uint64) {
+func (c *serverClock) set(base timestamp, asked time.Time, reconnects uint64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now()
@@ -40,7 +40,7 @@ func (c *serverClock) set(base moment, asked time.Time, reconnects uint64) {
 		// Each sample bounds the clock from below and from above: the closer
 		// bounds are the better ones, if they agree.
 		lower, upper := c.estimate(now), c.estimate(now)+c.slack(now)
-		lower, upper = max(lower, base), min(upper, base+moment(trip))
+		lower, upper = max(lower, base), min(upper, base+timestamp(trip))
 		if lower <= upper {
 			base, trip = lower, time.Duration(upper-lower)
 		}
@@ -51,7 +51,7 @@ func (c *serverClock) set(base moment, asked time.Time, reconnects uint64) {
 // observe takes note of the time at which the server wrote something that has
 // arrived here: its clock is past that. A time that the clock cannot have got
 // to is another server's, and tells nothing.
-func (c *serverClock) observe(written moment) {
+func (c *serverClock) observe(written timestamp) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now()
@@ -62,18 +62,18 @@ func (c *serverClock) observe(written moment) {
 	}
 }
 
-func (c *serverClock) estimate(now time.Time) moment {
+func (c *serverClock) estimate(now time.Time) timestamp {
 	passed := now.Sub(c.at)
-	return c.base + moment(passed-passed/maxDrift)
+	return c.base + timestamp(passed-passed/maxDrift)
 }
 
 // slack returns by how much the server's clock may be past the estimate.
-func (c *serverClock) slack(now time.Time) moment {
-	return moment(c.trip + 2*now.Sub(c.at)/maxDrift)
+func (c *serverClock) slack(now time.Time) timestamp {
+	return timestamp(c.trip + 2*now.Sub(c.at)/maxDrift)
 }
 
 // now returns the lower bound of the server's clock.
-func (c *serverClock) now() moment {
+func (c *serverClock) now() timestamp {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.estimate(time.Now())
@@ -81,7 +81,7 @@ func (c *serverClock) now() moment {
 
 // read returns the lower bound, by how much the server's clock may be past it,
 // and the age of the sample, which is that of an old one after a reconnect.
-func (c *serverClock) read(nc *nats.Conn) (now, slack moment, age time.Duration) {
+func (c *serverClock) read(nc *nats.Conn) (now, slack timestamp, age time.Duration) {
 	reconnects := nc.Stats().Reconnects
 	c.mu.Lock()
 	defer c.mu.Unlock()

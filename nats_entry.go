@@ -56,10 +56,10 @@ const (
 // has none.
 type record struct {
 	entry
-	deadline moment // none for 0
-	removal  moment // when the server removes it; none for 0
-	deleted  bool   // it is a marker; created is then that of what it deleted
-	expiry   bool   // and the server wrote it, in place of what expired
+	deadline timestamp // none for 0
+	removal  timestamp // when the server removes it; none for 0
+	deleted  bool      // it is a marker; created is then that of what it deleted
+	expiry   bool      // and the server wrote it, in place of what expired
 	op       string
 
 	// guessed says that the record was not read but written, so that its times
@@ -69,20 +69,20 @@ type record struct {
 }
 
 // exists reports whether the key exists at now.
-func (r *record) exists(now moment) bool {
+func (r *record) exists(now timestamp) bool {
 	return r.revision != 0 && !r.deleted && !r.deadline.passed(now)
 }
 
 // leaving reports whether the server is about to remove the record, or should
-// have done so a moment ago.
-func (r *record) leaving(now moment) bool {
-	const early, late = moment(250 * time.Millisecond), moment(2 * time.Second)
+// have done so a timestamp ago.
+func (r *record) leaving(now timestamp) bool {
+	const early, late = timestamp(250 * time.Millisecond), timestamp(2 * time.Second)
 	return r.removal != 0 && now > r.removal-early && now < r.removal+late
 }
 
 // decode makes a record of a message that may be anybody's. Headers that make
 // no sense are taken for absent ones.
-func decode(hdr nats.Header, data []byte, seq uint64, written moment, maxAge time.Duration) record {
+func decode(hdr nats.Header, data []byte, seq uint64, written timestamp, maxAge time.Duration) record {
 	r := record{
 		entry: entry{value: data, revision: seq, created: written, modified: written},
 	}
@@ -124,11 +124,11 @@ func decode(hdr nats.Header, data []byte, seq uint64, written moment, maxAge tim
 
 // decodeCreated reads a headerCreated: when the key came into being, if what was
 // replaced had not come to its deadline.
-func decodeCreated(s string) (created, deadline moment) {
+func decodeCreated(s string) (created, deadline timestamp) {
 	since, before, _ := strings.Cut(s, " ")
 	at, _ := strconv.ParseInt(since, 10, 64)
 	end, _ := strconv.ParseInt(before, 10, 64)
-	return moment(at), moment(end)
+	return timestamp(at), timestamp(end)
 }
 
 // decodeOp reads a headerOp: the write's id, and that of the one that it replaced.
@@ -159,7 +159,7 @@ func decodeTTL(s string) (ttl time.Duration, never bool) {
 type entryWriter struct {
 	subject    string
 	op         string
-	now, slack moment // the lower bound of the server's clock, and how far it may be past it
+	now, slack timestamp // the lower bound of the server's clock, and how far it may be past it
 
 	chained bool // it is told what was replaced
 	history bool // older revisions must go, or they come back when this one does
@@ -284,7 +284,7 @@ func (m *storedMsg) record(maxAge time.Duration) (record, error) {
 			return record{}, err
 		}
 	}
-	return decode(hdr, m.Data, m.Seq, moment(m.Time.UnixNano()), maxAge), nil
+	return decode(hdr, m.Data, m.Seq, timestamp(m.Time.UnixNano()), maxAge), nil
 }
 
 // directRecord reads the answer to a direct get.
@@ -297,7 +297,7 @@ func directRecord(msg *nats.Msg, maxAge time.Duration) (record, error) {
 	if err != nil {
 		return record{}, err
 	}
-	return decode(msg.Header, msg.Data, seq, moment(written.UnixNano()), maxAge), nil
+	return decode(msg.Header, msg.Data, seq, timestamp(written.UnixNano()), maxAge), nil
 }
 
 // A delivery tells of a message that a consumer delivered what the message
@@ -305,7 +305,7 @@ func directRecord(msg *nats.Msg, maxAge time.Duration) (record, error) {
 type delivery struct {
 	seq     uint64 // in the stream
 	count   uint64 // how many the consumer has delivered
-	written moment
+	written timestamp
 }
 
 // parseDelivery reads the reply subject of a delivered message, which is
@@ -337,7 +337,7 @@ func parseDelivery(reply string) (d delivery, ok bool) {
 	d.seq, err1 = strconv.ParseUint(seq, 10, 64)
 	d.count, err2 = strconv.ParseUint(count, 10, 64)
 	at, err3 := strconv.ParseInt(written, 10, 64)
-	d.written = moment(at)
+	d.written = timestamp(at)
 	return d, err1 == nil && err2 == nil && err3 == nil
 }
 

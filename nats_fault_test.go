@@ -260,7 +260,7 @@ func TestExpiryIsExact(t *testing.T) {
 func TestServerClock(t *testing.T) {
 	for _, skew := range []time.Duration{0, -10 * time.Minute, 10 * time.Minute, 24 * time.Hour} {
 		var c serverClock
-		server := func() moment { return moment(time.Now().Add(skew).UnixNano()) }
+		server := func() timestamp { return timestamp(time.Now().Add(skew).UnixNano()) }
 		for range 20 {
 			asked := time.Now()
 			time.Sleep(time.Millisecond) // on its way there
@@ -269,16 +269,16 @@ func TestServerClock(t *testing.T) {
 			c.set(base, asked, 0)
 			estimate := c.now()
 			assert.LessOrEqual(t, estimate, server(), skew)
-			assert.GreaterOrEqual(t, estimate+c.slack(time.Now()), server()-moment(time.Millisecond), skew)
+			assert.GreaterOrEqual(t, estimate+c.slack(time.Now()), server()-timestamp(time.Millisecond), skew)
 		}
 		c.observe(server())
 		assert.LessOrEqual(t, c.now(), server())
 		// What another server wrote, whose clock is ahead, does not move it.
-		c.observe(server() + moment(time.Minute))
+		c.observe(server() + timestamp(time.Minute))
 		assert.LessOrEqual(t, c.now(), server())
 		// After a reconnect the clock may be another server's.
-		c.set(server()-moment(time.Hour), time.Now(), 1)
-		assert.LessOrEqual(t, c.now(), server()-moment(time.Hour)+moment(time.Minute))
+		c.set(server()-timestamp(time.Hour), time.Now(), 1)
+		assert.LessOrEqual(t, c.now(), server()-timestamp(time.Hour)+timestamp(time.Minute))
 	}
 }
 
@@ -287,14 +287,14 @@ func TestServerClock(t *testing.T) {
 // is ahead, which is how it is brought about here.
 func TestClockSetBack(t *testing.T) {
 	t.Parallel()
-	const ttl, back = 700 * time.Millisecond, moment(600 * time.Millisecond)
+	const ttl, back = 700 * time.Millisecond, timestamp(600 * time.Millisecond)
 	s := openStore(t, NATSStoreConfig{Conn: connect(t, startServer(t, nil).ClientURL()), Bucket: "b"})
 	other := openStore(t, NATSStoreConfig{Conn: s.nc, Bucket: "b"})
 	setBack := func() {
 		for _, b := range []*bucket{s.data, s.locks.bucket} {
 			b.clock.mu.Lock()
 			b.clock.at, b.clock.trip = time.Now().Add(-2*freshSample), 0
-			b.clock.base = moment(b.clock.at.UnixNano()) + back
+			b.clock.base = timestamp(b.clock.at.UnixNano()) + back
 			b.clock.mu.Unlock()
 		}
 	}
@@ -395,7 +395,7 @@ func TestClockVague(t *testing.T) {
 		for _, b := range []*bucket{s.data, s.locks.bucket} {
 			b.clock.mu.Lock()
 			b.clock.at, b.clock.trip = time.Now(), trip
-			b.clock.base = moment(b.clock.at.Add(-trip).UnixNano())
+			b.clock.base = timestamp(b.clock.at.Add(-trip).UnixNano())
 			b.clock.mu.Unlock()
 		}
 		t.Log(what)

@@ -38,7 +38,7 @@ type hearsay struct {
 // revision of it was told.
 type rumours struct {
 	told   uint64
-	toldAt moment // when that was written
+	toldAt timestamp // when that was written
 	heard  []rumour
 	last   time.Time // when something was heard or told
 }
@@ -46,9 +46,9 @@ type rumours struct {
 type rumour struct {
 	msg  *nats.Msg
 	op   string
-	on   uint64 // what it replaced if it was accepted: this revision,
-	prev string // by this write, if that is known
-	at   moment // when it was heard, about when it was written
+	on   uint64    // what it replaced if it was accepted: this revision,
+	prev string    // by this write, if that is known
+	at   timestamp // when it was heard, about when it was written
 	// revision is what it became if it was accepted.
 	revision uint64
 }
@@ -122,7 +122,7 @@ func (h *hearsay) of(key string) *rumours {
 
 // missed returns the writes to a key that were accepted after revision since
 // but were not delivered, oldest first, given what was delivered then. It waits
-// a moment for what ought to have been heard.
+// a timestamp for what ought to have been heard.
 func (h *hearsay) missed(ctx context.Context, key string, since uint64, delivered *nats.Msg) []rumour {
 	last := newRumour(delivered)
 	if last.on <= since || last.prev == "" {
@@ -183,7 +183,7 @@ func (h *hearsay) trace(key string, since uint64, last rumour) (missed []rumour,
 // and the headers of the one after it, whose writer knew when the key had come
 // into being: so whether what this one replaced had come to its deadline is not
 // left to the estimate.
-func (w *rumour) written(before moment, next nats.Header) moment {
+func (w *rumour) written(before timestamp, next nats.Header) timestamp {
 	hdr := w.msg.Header
 	created, deadline := decodeCreated(hdr.Get(headerCreated))
 	at := max(before, w.at, created+1)
@@ -210,7 +210,7 @@ func (r *rumours) find(op string, revision uint64) *rumour {
 
 // settle forgets what cannot be accepted any more now that a revision of the
 // key is told.
-func (h *hearsay) settle(key string, revision uint64, written moment) {
+func (h *hearsay) settle(key string, revision uint64, written timestamp) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	r := h.of(key)

@@ -88,7 +88,7 @@ func (c *call) progress() {
 	}
 }
 
-// again waits for a moment, which is random and grows, and reports whether
+// again waits for a timestamp, which is random and grows, and reports whether
 // there is time left for another attempt.
 func (c *call) again() bool {
 	timer := time.NewTimer(c.pause/2 + mathrand.N(c.pause))

@@ -161,8 +161,8 @@ const (
 type listed struct {
 	key      string
 	revision uint64
-	created  moment
-	deadline moment
+	created  timestamp
+	deadline timestamp
 	deleted  bool
 }
 

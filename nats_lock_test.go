@@ -149,7 +149,7 @@ func TestWithLockOutlivesRestart(t *testing.T) {
 }
 
 // TestWithLockIsCutOff: when no packet gets through, fn is told all the same,
-// and nobody else has the lock before the moment at which it is.
+// and nobody else has the lock before the timestamp at which it is.
 func TestWithLockIsCutOff(t *testing.T) {
 	t.Parallel()
 	const ttl = time.Second

@@ -28,34 +28,34 @@ const (
 
 // A natsWatch is one watch. One goroutine, that of run, owns it: it reads what
 // the consumer delivers, keeps track of the keys that exist, and pushes events
-// to the outbox, whose goroutine hands them to the reader.
+// to the subscription, whose goroutine hands them to the reader.
 type natsWatch struct {
 	s       *NATSStore
 	b       *bucket
 	pattern pattern
-	box     *outbox
+	box     *subscription
 
 	hearsay *hearsay
 	source  *consumer       // nil while it is cut off
 	epoch   context.Context // done when the connection has been broken since
 	asked   int             // messages that the server may still send
 	heard   time.Time       // when something came last
-	heardAt moment          // the same by the server's clock, which no pause of ours stops
+	heardAt timestamp       // the same by the server's clock, which no pause of ours stops
 	cursor  uint64          // the last sequence that was dealt with
 	created time.Time       // the stream's, which tells it from another of its name
 
 	// alive are the matching keys that exist for all that was told, and when
-	// they end. What ends is on the agenda.
-	alive  map[string]*tracked
-	agenda agenda
-	pause  time.Time // until when it does not look at what has ended
+	// they end. What ends is on the expiryQueue.
+	alive       map[string]*tracked
+	expiryQueue expiryQueue
+	pause       time.Time // until when it does not look at what has ended
 }
 
 // A tracked is a key that exists.
 type tracked struct {
-	timed
+	expiring
 	revision uint64
-	created  moment
+	created  timestamp
 }
 
 // ended reports whether the key had come to its deadline when r, a later record
@@ -78,9 +78,10 @@ func (s *NATSStore) WatchContext(ctx context.Context, pattern string) (<-chan *K
 		return nil, err
 	}
 	w := &natsWatch{
-		s: s, b: s.data, pattern: p, box: newOutbox(), heard: time.Now(),
+		s: s, b: s.data, pattern: p, box: newSubscription(), heard: time.Now(),
 		alive: make(map[string]*tracked),
 	}
+	reader := make(chan *KeyValue)
 	if w.hearsay, err = s.data.listen(p); err == nil {
 		err = w.attach(ctx)
 	}
@@ -106,14 +107,14 @@ func (s *NATSStore) WatchContext(ctx context.Context, pattern string) (<-chan *K
 	s.active.Go(func() {
 		defer stop()
 		defer cancel()
-		w.box.deliver(ctx.Done(), s.life.Done())
+		w.box.deliver(reader, ctx.Done(), s.life.Done())
 	})
 	s.active.Go(func() {
 		s.watches.Add(1)
 		defer s.watches.Add(-1)
 		w.run(ctx)
 	})
-	return w.box.reader, nil
+	return reader, nil
 }
 
 // Why a watch ends.
@@ -137,7 +138,7 @@ func (w *natsWatch) attach(ctx context.Context) error {
 		w.hearsay.start = w.cursor
 	case !w.created.Equal(info.Created) || info.State.LastSeq < w.cursor:
 		return errBucketGone
-	case moment(info.Now.UnixNano())-w.heardAt > moment(w.maxCut()):
+	case timestamp(info.Now.UnixNano())-w.heardAt > timestamp(w.maxCut()):
 		return errCutTooLong
 	}
 	w.hearsay.from = info.State.LastSeq
@@ -224,19 +225,19 @@ func (w *natsWatch) pull() error {
 	return w.source.pull(pullRequest{Batch: batch, Expires: pullExpires, Heartbeat: heartbeat})
 }
 
-func (w *natsWatch) track(key string, revision uint64, created, deadline moment) {
+func (w *natsWatch) track(key string, revision uint64, created, deadline timestamp) {
 	t := w.alive[key]
 	if t == nil {
-		t = &tracked{timed: timed{key: key}}
+		t = &tracked{expiring: expiring{key: key}}
 		w.alive[key] = t
 	}
 	t.revision, t.created = revision, created
-	w.agenda.set(&t.timed, deadline)
+	w.expiryQueue.set(&t.expiring, deadline)
 }
 
 // gone tells that a key does not exist any more.
-func (w *natsWatch) gone(t *tracked, revision uint64, at moment) {
-	w.agenda.drop(&t.timed)
+func (w *natsWatch) gone(t *tracked, revision uint64, at timestamp) {
+	w.expiryQueue.drop(&t.expiring)
 	delete(w.alive, t.key)
 	w.box.push(deletion(t.key, revision, at))
 }
@@ -279,7 +280,7 @@ func (w *natsWatch) run(ctx context.Context) {
 		if err != nil && !w.reattach(ctx) {
 			return
 		}
-		if next := w.agenda.next(); next != 0 {
+		if next := w.expiryQueue.next(); next != 0 {
 			expiry.Reset(max(time.Duration(next-w.b.clock.now()), time.Until(w.pause), 0))
 		} else {
 			expiry.Stop()
@@ -388,7 +389,7 @@ func (w *natsWatch) tell(key string, r record) {
 	}
 	if !r.deleted {
 		w.track(key, r.revision, r.created, r.deadline)
-		w.box.push(r.event(key))
+		w.box.push(r.event(key, r.deadline))
 	} else if t != nil {
 		w.gone(t, r.revision, r.modified)
 	}
@@ -401,7 +402,7 @@ func (w *natsWatch) expire(ctx context.Context) error {
 	if w.source == nil {
 		return nil
 	}
-	if next := w.agenda.next(); next == 0 || !next.passed(w.b.clock.now()) {
+	if next := w.expiryQueue.next(); next == 0 || !next.passed(w.b.clock.now()) {
 		return nil
 	}
 	// The server's clock may have been set back, or another server leads now.
@@ -409,9 +410,9 @@ func (w *natsWatch) expire(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	now := moment(info.Now.UnixNano())
+	now := timestamp(info.Now.UnixNano())
 	var due []*tracked
-	for t := w.agenda.due(now); t != nil; t = w.agenda.due(now) {
+	for t := w.expiryQueue.due(now); t != nil; t = w.expiryQueue.due(now) {
 		due = append(due, w.alive[t.key])
 	}
 	if len(due) == 0 {
@@ -437,7 +438,7 @@ func (w *natsWatch) expire(ctx context.Context) error {
 		default:
 			// Not learnt, or from a leader that is none any more, or a replacement
 			// may be on its way to here. Ask again.
-			w.agenda.set(&t.timed, t.deadline)
+			w.expiryQueue.set(&t.expiring, t.deadline)
 			w.pause = time.Now().Add(20 * time.Millisecond)
 		}
 	}

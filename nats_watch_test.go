@@ -339,12 +339,12 @@ func TestHearsay(t *testing.T) {
 		msg.Header.Set(headerTTL, "1")
 		return msg
 	}
-	for created, want := range map[string]moment{
+	for created, want := range map[string]timestamp{
 		"1000 9000": 3000, // refreshed again: after what was told
 		"6000 9000": 6000, // the key was made then, since the deadline had passed
 		"7000":      3000, // it is not known
 	} {
-		for _, heard := range []moment{2000, 3500} {
+		for _, heard := range []timestamp{2000, 3500} {
 			w := rumour{msg: ttl(write(5, "a1", ""), "1000 4000"), at: heard}
 			want := max(want, heard)
 			if created == "6000 9000" {
@@ -354,7 +354,7 @@ func TestHearsay(t *testing.T) {
 		}
 	}
 	w := rumour{msg: ttl(write(5, "a1", ""), "1000 4000"), at: 8000}
-	assert.Equal(t, moment(3999), w.written(3000, ttl(write(7, "b1 a1", ""), "1000 9000").Header), "heard late")
+	assert.Equal(t, timestamp(3999), w.written(3000, ttl(write(7, "b1 a1", ""), "1000 9000").Header), "heard late")
 
 	// What does not arrive is waited for once, and what did arrive is told.
 	h = listening()

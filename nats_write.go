@@ -122,7 +122,7 @@ func (b *bucket) certain(r *record) *record {
 
 // guessMargin is how long before its deadline a guess is not good enough: the
 // deadline must not pass while a write that takes it for granted is on its way.
-const guessMargin = moment(200 * time.Millisecond)
+const guessMargin = timestamp(200 * time.Millisecond)
 
 // A write is what commit is to do.
 type write struct {
@@ -207,7 +207,7 @@ func (b *bucket) commit(c *call, do write) (record, error) {
 		if err != nil {
 			return fail(err)
 		}
-		if doubt != nil && next.deadline.passed(next.modified+moment(time.Since(began))) {
+		if doubt != nil && next.deadline.passed(next.modified+timestamp(time.Since(began))) {
 			return fail(nil) // it may have been stored, and have expired since
 		}
 		seq, o, err := b.send(c, msg)

@@ -25,14 +25,18 @@ type StateStore interface {
 	// Put stores a copy of value. It replaces the key's value and TTL: the
 	// entry is visible until ttl after it was written, by the store's clock,
 	// then the key does not exist. If ttl is 0, the key never expires (or after
-	// the store's default TTL, where its configuration sets one). It returns
-	// ErrInvalidKey, ErrInvalidTTL for a negative ttl, and ErrValueTooLarge for
-	// a value over the store's limit, before anything is sent. After any other
-	// error nothing was written, unless errors.Is says ErrOutcomeUnknown.
+	// the store's default TTL, where its configuration sets one). Put is
+	// unconditional: it never fails because others write the same key.
+	//
+	// It returns ErrInvalidKey, ErrInvalidTTL for a negative ttl, and
+	// ErrValueTooLarge for a value over the store's limit, before anything is
+	// sent. After any other error nothing was written, unless errors.Is reports
+	// ErrOutcomeUnknown.
 	Put(key string, value []byte, ttl time.Duration) error
 
 	// Delete removes a key. It returns nil if the key does not exist, and then
-	// writes nothing and causes no event. Errors are as for Put.
+	// writes nothing and causes no event. It is unconditional, as Put is; errors
+	// are as for Put.
 	Delete(key string) error
 
 	// Keys returns all keys matching a pattern, sorted. Every key that exists
@@ -43,27 +47,33 @@ type StateStore interface {
 	Keys(pattern string) ([]string, error)
 
 	// Watch watches for changes to keys matching a pattern, of the same form as
-	// for Keys. Every Put, Delete and expiry of a matching key after Watch has
-	// returned is told: OpPut carries the entry; OpDelete carries Key, Revision
-	// and Modified, a nil Value and a zero Created. A deletion has a revision
-	// of its own; an expiry, told at the deadline, has the revision of the
-	// value that expired.
+	// for Keys. It reports state, not a log: it delivers every Put, Delete and
+	// expiry of a matching key made after Watch has returned, except that a
+	// state which was replaced before it could be delivered may be skipped. The
+	// last state of every key is always delivered.
 	//
-	// For one key events come in the order of their revisions, none twice. A
-	// slow reader blocks nobody: up to 1024 events wait in order; beyond that a
-	// newer event of a key takes the place of that key's older one still
-	// waiting. The last state of every key always arrives.
+	// OpPut carries the entry. OpDelete carries Key, Revision and Modified, a
+	// nil Value and zero Created and Expires. A deletion has a revision of its
+	// own; an expiry, delivered at the deadline, has the revision of the value
+	// that expired. A value that was refreshed in time is never reported as
+	// expired. What is delivered is exact. For one key, events come in the order
+	// of their revisions, without duplicates.
+	//
+	// A slow reader blocks nobody: once more than 1,024 events wait, a newer
+	// event of a key replaces that key's older one still waiting, so memory is
+	// bounded by the number of keys that changed.
 	//
 	// The channel is closed when the watch ends: when the store is closed, or
-	// when it can no longer tell whether it missed something (see the backend).
-	// The events are the reader's own.
+	// when the watch can no longer tell whether it missed something (see the
+	// backend). [Follow] starts over by itself. The events are the reader's own.
 	Watch(pattern string) (<-chan *KeyValue, error)
 
 	// Lock acquires a distributed lock with the given TTL, or returns
-	// ErrLockHeld at once if somebody holds it. It returns ErrInvalidKey, and
-	// ErrInvalidTTL if ttl is not positive; and ErrLockExpired if the lease has
-	// lapsed by the time that the answer is here, so that it is of no use. Locks are a name space of their
-	// own: they are not seen by Get, Keys or Watch.
+	// ErrLockHeld at once if somebody holds it. It returns ErrInvalidKey,
+	// ErrInvalidTTL if ttl is not positive, and ErrLockExpired if the lease has
+	// lapsed by the time that the answer arrives. Locks are a name space of
+	// their own: they are not visible through Get, Keys or Watch. [Acquire]
+	// waits for a lock, [WithLock] also keeps it.
 	//
 	// A lock is a lease: it lapses when its TTL passes without a Refresh, by
 	// the store's clock, whatever its holder believes. See [Fenced] for what
@@ -71,10 +81,56 @@ type StateStore interface {
 	Lock(key string, ttl time.Duration) (Lock, error)
 
 	// Close shuts down the store and releases resources: it ends all watches
-	// and returns when their goroutines are gone. Afterwards every method
-	// returns ErrClosed, except Close itself, which returns nil. Locks that are
-	// still held can still be unlocked; otherwise they lapse.
+	// and returns when their goroutines have finished. Calls in progress return
+	// ErrClosed promptly, or an error that wraps ErrOutcomeUnknown as well if
+	// they were writing. Afterwards every method returns ErrClosed, except
+	// Close itself, which returns nil. Locks that are still held can still be
+	// unlocked; otherwise they lapse.
 	Close() error
+}
+
+// Store is what both stores implement: StateStore and what programs need beside
+// it. Depend on it rather than on a backend.
+type Store interface {
+	StateStore
+
+	// Update writes value, with the TTL, only if the key's revision is still
+	// the given one; 0 means only if the key does not exist. It returns the new
+	// revision, or ErrConflict, and then nothing was written. An expired or
+	// deleted key does not exist. Other errors are as for Put.
+	//
+	// A NATSStore checks the deadline of the value that it replaces before it
+	// sends the request. An Update that reaches the server after this deadline
+	// and before the server has removed the value succeeds: the server compares
+	// revisions, not times. A watch then reports the expiry and a new key.
+	Update(key string, value []byte, ttl time.Duration, revision uint64) (uint64, error)
+
+	// DeleteRevision deletes the key only if its current revision is the given
+	// one. Otherwise, and if the key does not exist, it returns ErrConflict and
+	// nothing was written. Other errors are as for Put. On NATS it costs one
+	// request.
+	DeleteRevision(key string, revision uint64) error
+
+	// Entries returns the entries of all keys matching a pattern, sorted by key:
+	// every key that exists throughout the call, once, as GetKeyValue would
+	// return it; an incomplete answer is an error. A key whose last change is
+	// not newer than the newest revision returned is in the answer if it exists.
+	// It is one pass, however many entries there are. The entries are the
+	// caller's own. Patterns and errors are as for Keys.
+	Entries(pattern string) ([]*KeyValue, error)
+
+	// LockHolder returns who holds a lock, or ErrNotFound if nobody does. It is
+	// a read, under the terms of Get; by the time that it returns, the holder
+	// may be another one.
+	LockHolder(key string) (*LockInfo, error)
+
+	// WithContext returns the same store bound to ctx, in place of any context
+	// it was bound to before. Every call ends when ctx ends, with an error that
+	// wraps the context's error (and ErrOutcomeUnknown, if it may have written),
+	// and so do the watches. For a lock, ctx bounds the acquisition and Refresh;
+	// Unlock still works after ctx has ended. Close closes the store itself. It
+	// costs no goroutine and no request.
+	WithContext(ctx context.Context) Store
 }
 
 // KeyValue represents a key-value entry with metadata.
@@ -95,28 +151,46 @@ type KeyValue struct {
 	// Modified is when the key was last modified: when this revision was
 	// written or, for an expiry, its deadline, by the store's clock.
 	Modified time.Time
+	// Expires is the deadline by the store's clock: from then on the key does
+	// not exist. Zero means never; it is also zero in an OpDelete.
+	Expires time.Time
 }
 
-// Lock represents a distributed lock that somebody was granted.
+// Lock represents a distributed lock that was granted to its holder.
 type Lock interface {
 	// Unlock releases the lock. It returns ErrLockNotHeld if there is nothing
 	// of this holder's to release: it was released already, or the lease has
 	// lapsed. It never releases somebody else's lock. After any other error it
-	// may be called again.
+	// may be called again. It waits for no other call for longer than its own
+	// five seconds.
 	Unlock() error
 
 	// Refresh extends the lock TTL: the lease runs for its full TTL again, from
 	// before the request was sent. It returns ErrLockExpired if the lock has
 	// expired, whether or not somebody else holds it by now, and ErrLockNotHeld
 	// after Unlock. After any other error the lease runs on as it was; Refresh
-	// may be called again.
+	// may be called again. Concurrent calls share one request.
 	Refresh() error
 
 	// Key returns the lock key, as it was given to StateStore.Lock.
 	Key() string
 }
 
-// Operation is the type of change that an event tells.
+// LockInfo describes who holds a lock.
+type LockInfo struct {
+	// Key is the lock key.
+	Key string
+	// Owner names the holder: NATSStoreConfig.Owner, by default host and
+	// process ID.
+	Owner string
+	// Token is the holder's fencing token, see [Fenced].
+	Token uint64
+	// Expires is when the lease lapses unless it is refreshed, by the store's
+	// clock.
+	Expires time.Time
+}
+
+// Operation is the type of change that an event reports.
 type Operation int
 
 const (
@@ -150,23 +224,4 @@ type Fenced interface {
 	// Token returns a number that is strictly greater for each next holder of
 	// the lock of this name. It does not change with Refresh.
 	Token() uint64
-}
-
-// Updater is the interface of a store with compare-and-set. Both stores
-// implement it.
-type Updater interface {
-	// Update writes value, with the TTL, only if the key's revision is still
-	// the given one; 0 means only if the key does not exist. It returns the new
-	// revision, or ErrConflict if somebody was faster. An expired or deleted key
-	// does not exist. Other errors are as for Put.
-	Update(key string, value []byte, ttl time.Duration, revision uint64) (uint64, error)
-}
-
-// ContextWatcher is the interface of a store whose watches can be ended one by
-// one. Both stores implement it.
-type ContextWatcher interface {
-	// WatchContext is Watch until ctx is done: then the channel is closed, and
-	// the watch's resources are released. If ctx is done already, it returns
-	// the context's error.
-	WatchContext(ctx context.Context, pattern string) (<-chan *KeyValue, error)
 }

@@ -27,7 +27,7 @@ const (
 // unlocks it on every way out, panics included. Those who wait are no queue:
 // who comes first when it is released gets it.
 //
-// The context that fn gets ends with ctx, and at the moment from which the
+// The context that fn gets ends with ctx, and at the timestamp from which the
 // lease can no longer be counted on, by the local clock and even if no packet
 // gets through; its cause is then [ErrLockExpired]. fn should stop then: soon
 // somebody else may hold the lock. The token is the fencing token of [Fenced],
@@ -47,7 +47,7 @@ func WithLock(ctx context.Context, store StateStore, key string, ttl time.Durati
 		return err
 	}
 	held, lose := context.WithCancelCause(ctx)
-	k := &keeper{
+	k := &renewer{
 		lock: lock, ttl: ttl, until: until, lose: lose,
 		stop: make(chan struct{}), stopped: make(chan struct{}),
 	}
@@ -71,7 +71,7 @@ func WithLock(ctx context.Context, store StateStore, key string, ttl time.Durati
 	return errors.Join(ErrLockExpired, err)
 }
 
-// awaitLock acquires the lock and returns it with the moment up to which it can
+// awaitLock acquires the lock and returns it with the timestamp up to which it can
 // be counted on.
 func awaitLock(ctx context.Context, store StateStore, key string, ttl time.Duration) (Lock, time.Time, error) {
 	var released <-chan struct{}
@@ -112,8 +112,8 @@ func awaitLock(ctx context.Context, store StateStore, key string, ttl time.Durat
 	}
 }
 
-// A keeper keeps a lock refreshed while somebody works under it.
-type keeper struct {
+// A renewer keeps a lock refreshed while somebody works under it.
+type renewer struct {
 	lock   Lock
 	ttl    time.Duration
 	until  time.Time // owned by keep until it has stopped
@@ -126,7 +126,7 @@ type keeper struct {
 
 // keep refreshes the lock every third of its TTL, and in short order after a
 // failure, until it is told to stop or the lock is lost.
-func (k *keeper) keep() {
+func (k *renewer) keep() {
 	defer close(k.stopped)
 	timer := time.NewTimer(k.ttl / 3)
 	defer timer.Stop()
@@ -156,10 +156,10 @@ func (k *keeper) keep() {
 	}
 }
 
-// release stops the keeper and unlocks the lock, once. It reports whether the
+// release stops the renewer and unlocks the lock, once. It reports whether the
 // lock turned out to have been taken away. (That the lease ran out only now,
 // when fn had returned already, is no loss.)
-func (k *keeper) release() (lost bool) {
+func (k *renewer) release() (lost bool) {
 	if k.released {
 		return false
 	}

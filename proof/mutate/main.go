@@ -74,7 +74,7 @@ var mutations = []mutation{
 	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
 	{"a-lapsed-lock-is-handed-over", []edit{{"	if l.lapse(time.Now()) {\n		_ = l.lessor.release(l)\n		return nil, ErrLockExpired\n	}\n	return l, nil\n", "	return l, nil\n"}}, []string{"load three-servers-routes-stalled"}},
 	{"takeover-before-the-end", []edit{
-		{"	if b.exists(c, last) {", "	if b.exists(c, last) && !b.expired(c, last.deadline-moment(100*time.Millisecond)) {"},
+		{"	if b.exists(c, last) {", "	if b.exists(c, last) && !b.expired(c, last.deadline-timestamp(100*time.Millisecond)) {"},
 		{"for t := s.lapses.due(now); t != nil; t = s.lapses.due(now) {\n		delete(s.locks, t.key)", "for t := s.lapses.due(now + 5e6); t != nil; t = s.lapses.due(now + 5e6) {\n		delete(s.locks, t.key)"},
 	}, []string{inMemory, oneServer}},
 	{"refresh-after-the-end", []edit{
@@ -87,10 +87,10 @@ var mutations = []mutation{
 		{"func (l *lease) Token() uint64 { return l.token }", "func (l *lease) Token() uint64 { return 1 }"},
 	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
 	{"a-clock-ahead", []edit{ // expiry by the clock of a client that is half a second ahead
-		{"	return c.base + moment(passed-passed/maxDrift)", "	return moment(time.Now().Add(500*time.Millisecond).UnixNano()) + 0*moment(passed)"},
+		{"	return c.base + timestamp(passed-passed/maxDrift)", "	return timestamp(time.Now().Add(500*time.Millisecond).UnixNano()) + 0*timestamp(passed)"},
 	}, []string{oneServer, "nats-suite"}},
 	{"a-clock-behind", []edit{
-		{"	return c.base + moment(passed-passed/maxDrift)", "	return moment(time.Now().Add(-5*time.Second).UnixNano()) + 0*moment(passed)"},
+		{"	return c.base + timestamp(passed-passed/maxDrift)", "	return timestamp(time.Now().Add(-5*time.Second).UnixNano()) + 0*timestamp(passed)"},
 	}, []string{"nats-model", "nats-suite"}},
 	{"drop-on-a-full-queue", []edit{
 		{"	if q.len() >= maxWaiting {\n", "	if q.len() >= maxWaiting {\n		return\n	}\n	if false {\n"},
@@ -135,7 +135,7 @@ var mutations = []mutation{
 	}, []string{"calls"}},
 	{"watch-tells-early-expiries", []edit{
 		{"next == 0 || !next.passed(w.b.clock.now())", "next == 0"},
-		{"	now := moment(info.Now.UnixNano())\n	var due", "	now := moment(info.Now.Add(time.Second).UnixNano())\n	var due"},
+		{"	now := timestamp(info.Now.UnixNano())\n	var due", "	now := timestamp(info.Now.Add(time.Second).UnixNano())\n	var due"},
 		{"time.Duration(next-w.b.clock.now())", "time.Duration(next-w.b.clock.now())-time.Second"},
 	}, []string{"nats-suite"}},
 	{"created-not-kept", []edit{

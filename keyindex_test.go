@@ -19,7 +19,7 @@ func TestNamesAgainstModel(t *testing.T) {
 		t.Run(fmt.Sprint(limit), func(t *testing.T) {
 			random := rand.New(rand.NewPCG(1, uint64(limit)))
 			items := make(map[string]*item)
-			var n names
+			var n keyIndex
 			check := func(prefix string) {
 				want := []string{}
 				for _, key := range slices.Sorted(maps.Keys(items)) {
