@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os/exec"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -82,8 +84,12 @@ func TestWaitingForALock(t *testing.T) {
 		case <-time.After(20 * time.Second):
 			require.FailNow(t, "nobody has the lock")
 		}
-		next <- struct{}{}
-		released = <-gone
+		select {
+		case next <- struct{}{}:
+			released = <-gone
+		case <-time.After(20 * time.Second):
+			require.FailNow(t, "the holder has lost the lock")
+		}
 	}
 	slices.Sort(took)
 	t.Logf("handovers: median %v, at most %v", took[handovers/2], took[handovers-1])
@@ -239,16 +245,43 @@ func TestLocksBucketDeleted(t *testing.T) {
 	}
 }
 
+// TestRefreshNearTheEnd: a lease is refreshed just before its end, also if what
+// the store knows of the server's clock came over a slow link.
+func TestRefreshNearTheEnd(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	const ttl, left = 2 * time.Second, 150 * time.Millisecond
+	for i := range 4 {
+		t.Run(fmt.Sprint(i), func(t *testing.T) {
+			t.Parallel()
+			nc, p := connectAt(t, srv.ClientURL(), distance{rtt: 600 * time.Millisecond})
+			s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: newBucketName()})
+			require.NoError(t, mustLock(t, s, "first", time.Minute).Unlock())
+			p.move(distance{})
+			require.NoError(t, s.Put("near", nil, 0)) // nothing is on its way any more
+			until := time.Now().Add(ttl)
+			l := mustLock(t, s, "l", ttl)
+			time.Sleep(time.Until(until) - left)
+			if err := l.Refresh(); err != nil {
+				require.False(t, time.Now().Before(until), "%v, %v before the end of the lease", err, time.Until(until))
+				require.Equal(t, ErrLockExpired, err)
+				return // on a busy machine
+			}
+			require.NoError(t, l.Unlock())
+		})
+	}
+}
+
 // TestRefreshBesideBurners: on a busy machine, too, Refresh reports that a lease
 // has lapsed only when it has. It does not run beside other tests.
 func TestRefreshBesideBurners(t *testing.T) {
-	srv := startServer(t, nil)
-	const ttl, length = 300 * time.Millisecond, 6 * time.Second
+	url := startServerProcess(t)
+	const ttl, length = 300 * time.Millisecond, 4 * time.Second
 	var quit atomic.Bool
 	var burners, holders sync.WaitGroup
-	for range 6 {
+	for range 4 {
 		burners.Go(func() {
-			for n := 0; !quit.Load(); n++ {
+			for !quit.Load() {
 			}
 		})
 	}
@@ -256,8 +289,7 @@ func TestRefreshBesideBurners(t *testing.T) {
 	defer quit.Store(true)
 	var refreshes, lapsed atomic.Int64
 	for i := range 4 {
-		nc, _ := connectAt(t, srv.ClientURL(), distance{rtt: 4 * time.Millisecond, jitter: 20 * time.Millisecond})
-		s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+		s := openStore(t, NATSStoreConfig{Conn: connect(t, url), Bucket: "b"})
 		holders.Go(func() {
 			for end := time.Now().Add(length); time.Now().Before(end); {
 				until := time.Now().Add(ttl)
@@ -268,9 +300,10 @@ func TestRefreshBesideBurners(t *testing.T) {
 				if !assert.NoError(t, err) {
 					return
 				}
-				for err == nil && time.Now().Before(end) {
-					// Sometimes close to the lease's end.
-					time.Sleep(time.Duration(refreshes.Load()%9) * ttl / 10)
+				for n := 0; err == nil && time.Now().Before(end); n++ {
+					if n%5 == 4 { // close to the lease's end
+						time.Sleep(time.Until(until) - ttl/5)
+					}
 					asked := time.Now()
 					if err = l.Refresh(); err == nil {
 						until = asked.Add(ttl)
@@ -347,17 +380,22 @@ func TestReadsAfterALeadersDeath(t *testing.T) {
 		t.Skip("a cluster and its elections")
 	}
 	t.Parallel()
-	c := startCluster(t)
-	openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[0].ClientURL()), Bucket: "b", Replicas: 3})
-	leader := c.leader(t, "b")
-	survivor := c.servers[(leader+1)%3].ClientURL()
+	servers := startProcessCluster(t)
+	at := func(i int) string { return servers[i%3].url() }
+	openStore(t, NATSStoreConfig{Conn: connect(t, at(0)), Bucket: "b", Replicas: 3})
+	stream, err := newJetStream(t, connect(t, at(0))).Stream(context.Background(), "KV_b")
+	require.NoError(t, err)
+	var leader int
+	_, err = fmt.Sscanf(stream.CachedInfo().Cluster.Leader, "s%d", &leader)
+	require.NoError(t, err)
+	survivor := at(leader + 1)
 	writer := openStore(t, NATSStoreConfig{Conn: connect(t, survivor), Bucket: "b"})
 	require.NoError(t, writer.Put("k", nil, 0))
 	var readers []*NATSStore
-	for range 4 {
+	for range 12 {
 		readers = append(readers, openStore(t, NATSStoreConfig{Conn: connect(t, survivor), Bucket: "b"}))
 	}
-	stopServer(c.servers[leader])
+	servers[leader].kill() // who is stopped hands over
 	died := time.Now()
 	recovery := func(f func() error) time.Duration {
 		for f() != nil {
@@ -373,7 +411,7 @@ func TestReadsAfterALeadersDeath(t *testing.T) {
 	wg.Go(func() { write = recovery(func() error { return writer.Put("k", nil, 0) }) })
 	for i, s := range readers {
 		wg.Go(func() {
-			time.Sleep(time.Duration(i) * 300 * time.Millisecond) // they are not in step
+			time.Sleep(time.Duration(i) * 200 * time.Millisecond) // they are not in step
 			reads[i] = recovery(func() error { _, err := s.Get("k"); return err })
 		})
 	}
@@ -381,6 +419,44 @@ func TestReadsAfterALeadersDeath(t *testing.T) {
 	t.Logf("Put works again after %v, Get after %v", write, reads)
 	assert.Less(t, slices.Max(reads), write+2*time.Second)
 	assert.Less(t, write, 30*time.Second)
+}
+
+// startProcessCluster runs three servers in processes of their own, named s0 to
+// s2, that can be killed.
+func startProcessCluster(t testing.TB) []*process {
+	t.Helper()
+	bin, err := serverBinary()
+	require.NoError(t, err)
+	var servers []*process
+	var routes []string
+	for range 3 {
+		routes = append(routes, fmt.Sprintf("nats://127.0.0.1:%d", freePort(t)))
+		servers = append(servers, &process{bin: bin, dir: t.TempDir(), port: freePort(t)})
+	}
+	for i, p := range servers {
+		p.cmd = exec.Command(bin, "-n", fmt.Sprintf("s%d", i), "-a", "127.0.0.1", "-p", fmt.Sprint(p.port), "-js", "-sd", p.dir,
+			"-cluster_name", "test", "-cluster", routes[i], "-routes", strings.Join(routes, ","))
+		require.NoError(t, p.cmd.Start())
+		t.Cleanup(p.kill)
+	}
+	for _, p := range servers {
+		var nc *nats.Conn
+		eventually(t, func() bool {
+			var err error
+			nc, err = nats.Connect(p.url())
+			return err == nil
+		}, "the server process starts")
+		eventually(t, func() bool {
+			_, err := nc.Request("$JS.API.STREAM.CREATE.probe", []byte(`{"name":"probe","subjects":["probe"],"num_replicas":3}`), 5*time.Second)
+			return err == nil
+		}, "an answer")
+		require.True(t, within(30*time.Second, func() bool {
+			answer, err := nc.Request("$JS.API.STREAM.INFO.probe", nil, 5*time.Second)
+			return err == nil && strings.Count(string(answer.Data), `"current":true`) == 2
+		}), "a replicated stream")
+		nc.Close()
+	}
+	return servers
 }
 
 // TestZeroNATSStore: the methods of a store that was not opened fail.
