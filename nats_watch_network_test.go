@@ -557,7 +557,7 @@ func TestWatchBesideSubscriptionLimit(t *testing.T) {
 func TestLimitsOfConsumersAndPulls(t *testing.T) {
 	t.Parallel()
 	const keys = 1000
-	works := func(t *testing.T, s StateStore) {
+	works := func(t *testing.T, s StateStore, idle time.Duration) {
 		t.Helper()
 		watch := observe(mustWatch(t, s, "*"))
 		for i := range keys {
@@ -574,6 +574,11 @@ func TestLimitsOfConsumersAndPulls(t *testing.T) {
 		for i := range keys {
 			assert.NotNil(t, watch.last(fmt.Sprintf("k.%d", i)))
 		}
+		time.Sleep(idle)
+		require.NoError(t, s.Put("last", nil, 0))
+		for _, o := range []*observer{watch, second} {
+			eventually(t, func() bool { return o.last("last") != nil }, "an event after the silence")
+		}
 	}
 	t.Run("consumers live five seconds", func(t *testing.T) {
 		t.Parallel()
@@ -584,12 +589,12 @@ func TestLimitsOfConsumersAndPulls(t *testing.T) {
 			ConsumerLimits: jetstream.StreamConsumerLimits{InactiveThreshold: 5 * time.Second},
 		})
 		require.NoError(t, err)
-		works(t, openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"}))
+		works(t, openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"}), 6*time.Second)
 	})
 	t.Run("pulls of 256 messages", func(t *testing.T) {
 		t.Parallel()
 		srv := startServer(t, func(o *server.Options) { o.JetStreamLimits.MaxRequestBatch = 256 })
-		works(t, openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"}))
+		works(t, openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"}), 0)
 	})
 }
 
