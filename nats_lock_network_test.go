@@ -291,8 +291,11 @@ func TestRefreshNearTheEnd(t *testing.T) {
 	for i := range 4 {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
 			t.Parallel()
-			nc, p := connectAt(t, srv.ClientURL(), distance{rtt: 600 * time.Millisecond})
-			s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: newBucketName()})
+			bucket := newBucketName()
+			near := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: bucket})
+			require.NoError(t, mustLock(t, near, "first", time.Minute).Unlock())
+			nc, p := connectAt(t, srv.ClientURL(), distance{rtt: 400 * time.Millisecond})
+			s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: bucket})
 			require.NoError(t, mustLock(t, s, "first", time.Minute).Unlock())
 			p.move(distance{})
 			require.NoError(t, s.Put("near", nil, 0)) // nothing is on its way any more

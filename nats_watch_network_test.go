@@ -472,9 +472,7 @@ func TestWatchOpensAtOnce(t *testing.T) {
 		// So far away that what is asked for after Watch has not come yet.
 		nc, _ := connectAt(t, srv.ClientURL(), distance{rtt: 40 * time.Millisecond})
 		s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: bucket})
-		for i := range size {
-			require.NoError(t, nc.Publish(fmt.Sprintf("$KV.%s.k.%d", bucket, i), nil))
-		}
+		fillBucket(t, nc, bucket, "k.", size)
 		require.NoError(t, s.Put("last", nil, 0))
 		// The bucket's streams and inboxes are in use before it counts.
 		_, err := s.Get("last")
@@ -605,9 +603,7 @@ func TestWatchReportsExpiryNearItsOpening(t *testing.T) {
 	srv := startServer(t, nil)
 	nc := connect(t, srv.ClientURL())
 	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
-	for i := range 20_000 {
-		require.NoError(t, nc.Publish(fmt.Sprintf("$KV.b.other.%d", i), nil))
-	}
+	fillBucket(t, nc, "b", "other.", 20_000)
 	deadlines := map[string]time.Time{}
 	for i := range 150 { // some deadline passes soon after Watch, however long that takes
 		key, ttl := fmt.Sprintf("dying.%d", i), 500*time.Millisecond+time.Duration(i)*20*time.Millisecond

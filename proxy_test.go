@@ -334,7 +334,7 @@ func TestProxyDistance(t *testing.T) {
 		fastest = min(fastest, trip(1))
 	}
 	require.GreaterOrEqual(t, fastest, 40*time.Millisecond)
-	require.Less(t, fastest, 60*time.Millisecond)
+	require.Less(t, fastest, 200*time.Millisecond)
 
 	// The distance does not limit how much passes meanwhile.
 	seen := make(chan struct{}, 20_000)
@@ -353,5 +353,5 @@ func TestProxyDistance(t *testing.T) {
 	p.move(distance{bandwidth: 1 << 20})
 	require.GreaterOrEqual(t, trip(100<<10), 390*time.Millisecond)
 	p.move(distance{})
-	require.Less(t, trip(1), 20*time.Millisecond)
+	require.Less(t, trip(1), 200*time.Millisecond)
 }

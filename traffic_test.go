@@ -60,6 +60,20 @@ func (tr traffic) start(t testing.TB, nc *nats.Conn, bucket string) (stop func()
 	return stop
 }
 
+// fillBucket writes keys prefix0 to prefix<n-1> and waits until they are stored.
+func fillBucket(t testing.TB, nc *nats.Conn, bucket, prefix string, n int) {
+	t.Helper()
+	for i := range n {
+		subject := fmt.Sprintf("$KV.%s.%s%d", bucket, prefix, i)
+		if i < n-1 {
+			require.NoError(t, nc.Publish(subject, nil))
+			continue
+		}
+		_, err := nc.Request(subject, nil, time.Minute) // what came before is stored before
+		require.NoError(t, err)
+	}
+}
+
 // A count is how many messages a server has received from its clients and sent
 // to them.
 type count struct{ in, out int64 }
