@@ -12,17 +12,17 @@ import (
 func TestMemoryStoreConformance(t *testing.T) {
 	testConformance(t, backend{
 		run: func(t *testing.T, f func(*testing.T)) { synctest.Test(t, f) },
-		open: func(t *testing.T) func() StateStore {
+		open: func(t *testing.T) func() Store {
 			s := NewMemoryStore()
 			t.Cleanup(func() { _ = s.Close() })
-			return func() StateStore { return s }
+			return func() Store { return s.Client() }
 		},
 	})
 }
 
-// TestWithLockTellsAtTheEnd: if the lease is not refreshed, fn is told at its
-// end, to the nanosecond.
-func TestWithLockTellsAtTheEnd(t *testing.T) {
+// TestHoldEndsWithTheLease: if the lease is not refreshed, fn's context ends with
+// it, to the nanosecond.
+func TestHoldEndsWithTheLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := NewMemoryStore()
 		defer s.Close()
