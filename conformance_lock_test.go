@@ -389,6 +389,67 @@ var withLockCases = []conformanceCase{
 		})
 		refuses(t, ErrLockExpired, err)
 	}},
+	{"with-lock-outages", "WithLock waits through outages, and for as long as ctx allows", func(t *testing.T, dial func() Store) {
+		s := dial()
+		ran := 0
+		run := func(context.Context, uint64) error { ran++; return nil }
+		m := failing(s, "lock", errOutage, errDoubt, errOutage, ErrLockHeld, errOutage)
+		require.NoError(t, WithLock(context.Background(), m, "l", time.Minute, run))
+		assert.Equal(t, 1, ran)
+		ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+		defer cancel()
+		err := WithLock(ctx, meddler{Store: s, fail: func(string, string) error { return errOutage }}, "l", time.Minute, run)
+		assert.ErrorIs(t, err, context.DeadlineExceeded)
+		assert.ErrorIs(t, err, errOutage)
+		assert.Equal(t, 1, ran)
+	}},
+	{"with-lock-late", "a lease that lapsed before fn was called is no loss: WithLock takes the lock again", func(t *testing.T, dial func() Store) {
+		s := dial()
+		const ttl = 500 * time.Millisecond
+		for _, late := range []time.Duration{ttl / 2, ttl + 20*time.Millisecond} {
+			first, ran := true, 0
+			m := meddler{Store: s, granted: func(l Lock) Lock {
+				if first { // it is handed over late
+					time.Sleep(late)
+				}
+				first = false
+				return l
+			}}
+			require.NoError(t, WithLock(context.Background(), m, "l", ttl, func(ctx context.Context, _ uint64) error {
+				ran++
+				info, err := s.LockHolder("l")
+				require.NoError(t, err)
+				assert.GreaterOrEqual(t, time.Until(info.Expires), ttl/2)
+				time.Sleep(ttl / 4)
+				return ctx.Err()
+			}), late)
+			assert.Equal(t, 1, ran)
+		}
+	}},
+	{"with-lock-always-late", "if ten leases in a row lapse before fn can be called, WithLock returns ErrLockExpired", func(t *testing.T, dial func() Store) {
+		granted := 0
+		m := meddler{Store: dial(), granted: func(l Lock) Lock {
+			granted++
+			time.Sleep(25 * time.Millisecond)
+			return l
+		}}
+		refuses(t, ErrLockExpired, WithLock(context.Background(), m, "l", 20*time.Millisecond, func(context.Context, uint64) error {
+			t.Error("called")
+			return nil
+		}))
+		assert.Equal(t, 10, granted)
+	}},
+	{"with-lock-nested", "an inner lock is not lost because the outer one is", func(t *testing.T, dial func() Store) {
+		s := dial()
+		refuses(t, ErrLockExpired, WithLock(context.Background(), refreshless{s}, "outer", 300*time.Millisecond, func(ctx context.Context, _ uint64) error {
+			require.NoError(t, WithLock(ctx, s, "inner", time.Minute, func(ctx context.Context, _ uint64) error {
+				<-ctx.Done()
+				refuses(t, ErrLockExpired, context.Cause(ctx))
+				return nil
+			}))
+			return nil
+		}))
+	}},
 	{"paused-holder", "a paused holder is fenced off by the resource that the lock protects", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		// The register is the resource: it takes a write only from a token that
