@@ -625,19 +625,28 @@ func (f *feed) report(key string, r record) {
 		f.track(key, &r, false)
 		f.push(r.event(key, r.deadline))
 	case t != nil:
-		f.buried[key] = burial{r.created, time.Now()}
 		f.gone(t, r.revision, r.modified)
-	case r.created != 0 && f.buried[key].created != r.created || r.op == "":
-		// The value that was deleted was replaced by the marker before it could
-		// be delivered, or the feed does not know yet what existed. The marker
-		// says that the key did; another client's does not say.
+	case f.unseen(key, &r):
 		f.buried[key] = burial{r.created, time.Now()}
 		f.push(deletion(key, r.revision, r.modified))
 	}
 }
 
-// A burial is the last deletion of a key that was reported: a second marker may
-// follow if several clients delete the key at once.
+// unseen reports whether a marker deleted a value that was never delivered: it
+// was replaced by the marker before that, or it existed before the feed, which
+// has not been listed yet. Our markers say when the key came into being. Other
+// clients' do not, and may delete what does not exist.
+func (f *feed) unseen(key string, r *record) bool {
+	last, reported := f.buried[key]
+	if r.op == "" {
+		return !f.listed && !reported
+	}
+	return r.created != 0 && r.created != last.created
+}
+
+// A burial is the last deletion or expiry of a key that was reported: a marker
+// for the same key may follow, of another client that deleted it at once, or of
+// the server.
 type burial struct {
 	created timestamp // of the key
 	at      time.Time
@@ -662,6 +671,7 @@ func (f *feed) gone(t *tracked, revision uint64, at timestamp) {
 	f.expiries.drop(&t.expiring)
 	delete(f.alive, t.key)
 	delete(f.doubtful, t.key)
+	f.buried[t.key] = burial{t.created, time.Now()}
 	f.push(deletion(t.key, revision, at))
 }
 
