@@ -136,24 +136,31 @@ func (w *natsWatch) wants(ev *KeyValue) bool {
 
 // feeds are the feeds of a store, one for each pattern.
 type feeds struct {
+	b      *bucket
+	maxCut time.Duration // for how long a feed may be cut off
+
 	mu sync.Mutex // guards the map, and refs of each feed
 	by map[pattern]*feed
+}
+
+func newFeeds(b *bucket) *feeds {
+	return &feeds{b: b, maxCut: tombstoneTTL - time.Minute, by: make(map[pattern]*feed)}
 }
 
 // join returns a watch of a pattern that begins now, and its feed. The caller
 // lets the feed go when it does not need it any more. With listing, the caller
 // gives a new feed its first listing, by list.
-func (s *natsCore) join(ctx context.Context, p pattern, listing bool) (*feed, *natsWatch, error) {
+func (s *feeds) join(ctx context.Context, p pattern, listing bool) (*feed, *natsWatch, error) {
 	for {
 		f, w, isNew := s.hold(p, listing)
 		select {
 		case <-f.ready:
 		case <-ctx.Done():
-		case <-s.data.life.Done():
+		case <-s.b.life.Done():
 		}
 		err := ctx.Err()
 		switch {
-		case s.data.life.Err() != nil:
+		case s.b.life.Err() != nil:
 			err = ErrClosed
 		case err != nil:
 		case f.err != nil:
@@ -173,26 +180,26 @@ func (s *natsCore) join(ctx context.Context, p pattern, listing bool) (*feed, *n
 }
 
 // hold adds a watch to the feed of a pattern, which it makes if there is none.
-func (s *natsCore) hold(p pattern, listing bool) (f *feed, w *natsWatch, isNew bool) {
+func (s *feeds) hold(p pattern, listing bool) (f *feed, w *natsWatch, isNew bool) {
 	w = &natsWatch{subscription: newSubscription(), joining: true}
-	s.feeds.mu.Lock()
-	defer s.feeds.mu.Unlock()
-	f = s.feeds.by[p]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f = s.by[p]
 	if f == nil {
 		isNew = true
 		f = &feed{
-			b: s.data, pattern: p, maxCut: s.maxCut, expecting: listing,
+			b: s.b, pattern: p, maxCut: s.maxCut, expecting: listing,
 			quit: make(chan struct{}), ready: make(chan struct{}), wake: make(chan struct{}, 1),
 			alive: make(map[string]*tracked), touched: make(map[string]uint64), doubtful: make(map[string]*tracked), buried: make(map[string]burial),
 			heard: time.Now(), listPause: stateLife, floor: math.MaxUint64,
 		}
-		s.feeds.by[p] = f
+		s.by[p] = f
 	}
 	f.refs++
 	f.mu.Lock()
 	f.watches = append(f.watches, w)
 	f.mu.Unlock()
-	if isNew && !s.data.start(func() { f.run(); s.drop(f) }) {
+	if isNew && !s.b.start(func() { f.run(); s.drop(f) }) {
 		f.err = ErrClosed
 		close(f.ready)
 	}
@@ -200,27 +207,27 @@ func (s *natsCore) hold(p pattern, listing bool) (f *feed, w *natsWatch, isNew b
 }
 
 // leave removes a watch from its feed, which ends with its last watch.
-func (s *natsCore) leave(f *feed, w *natsWatch) {
+func (s *feeds) leave(f *feed, w *natsWatch) {
 	w.end()
 	f.mu.Lock()
 	f.watches = slices.DeleteFunc(f.watches, func(x *natsWatch) bool { return x == w })
 	f.mu.Unlock()
-	s.feeds.mu.Lock()
-	defer s.feeds.mu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if f.refs--; f.refs == 0 {
-		if s.feeds.by[f.pattern] == f {
-			delete(s.feeds.by, f.pattern)
+		if s.by[f.pattern] == f {
+			delete(s.by, f.pattern)
 		}
 		close(f.quit)
 	}
 }
 
 // drop forgets a feed that has ended: the next watch makes another one.
-func (s *natsCore) drop(f *feed) {
-	s.feeds.mu.Lock()
-	defer s.feeds.mu.Unlock()
-	if s.feeds.by[f.pattern] == f {
-		delete(s.feeds.by, f.pattern)
+func (s *feeds) drop(f *feed) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.by[f.pattern] == f {
+		delete(s.by, f.pattern)
 	}
 }
 
@@ -758,26 +765,27 @@ func (f *feed) due(now timestamp) []*tracked {
 	return due
 }
 
-// A finding is the last sequence that the leader has of a key, if it is known.
+// A finding is what the leader has of a key that the feed asked about.
 type finding struct {
 	t        *tracked
 	revision uint64 // that the key had for the feed when it was asked
-	last     uint64
-	known    bool
+	probeResult
 }
 
 // probe asks the leader for the last sequences of keys.
 func (f *feed) probe(keys []*tracked, then func([]finding)) {
-	findings := make([]finding, len(keys))
+	findings, names := make([]finding, len(keys)), make([]string, len(keys))
 	for i, t := range keys {
-		findings[i] = finding{t: t, revision: t.revision}
+		findings[i], names[i] = finding{t: t, revision: t.revision}, t.key
 	}
 	if len(keys) == 0 {
 		then(findings)
 		return
 	}
 	f.b.start(func() {
-		f.b.probeAll(newBudget(f.b.life), findings)
+		for i, result := range f.b.probe(newBudget(f.b.life), names) {
+			findings[i].probeResult = result
+		}
 		f.post(func() { then(findings) })
 	})
 }
