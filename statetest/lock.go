@@ -47,6 +47,7 @@ type lock struct {
 	until    time.Time     // when the lease lapses, for all that the holder knows
 	writes   int           // how many have been applied
 	unsure   bool          // an answer was lost
+	lost     bool          // that of an Unlock
 	taken    bool          // it was taken away
 	gone     bool          // it was unlocked below
 	released bool          // and the holder knows
@@ -95,7 +96,9 @@ func (l *lock) Refresh() error {
 				l.takeAway()
 			}
 			switch {
-			case l.taken || l.gone:
+			case l.gone && !l.lost:
+				return state.ErrLockNotHeld // an Unlock is about to return
+			case l.gone || l.taken:
 				return state.ErrLockExpired
 			case l.writes != writes:
 				// This one is late and comes to nothing, or another one that
@@ -181,7 +184,7 @@ func (l *lock) Unlock() error {
 	return l.do(func() error {
 		switch {
 		case errors.Is(err, state.ErrOutcomeUnknown):
-			l.unsure = true
+			l.unsure, l.lost = true, true
 		case err == nil && (l.released || lapsed):
 			err = state.ErrLockNotHeld
 			l.released = true

@@ -1,9 +1,9 @@
 package statetest
 
 import (
+	"container/list"
 	"context"
 	"fmt"
-	"slices"
 	"time"
 
 	"example.com/state"
@@ -71,7 +71,7 @@ type watch struct {
 
 	todo     watchEffect
 	events   int // how many have come
-	waiting  []*state.KeyValue
+	waiting  backlog
 	held     *time.Timer // not nil while it is cut off
 	until    time.Time
 	skipping bool // until a waiting event is replaced
@@ -105,10 +105,10 @@ func (w *watch) run(ctx context.Context, source <-chan *state.KeyValue) {
 		switch {
 		case w.held != nil:
 			timer = w.held.C
-		case len(w.waiting) > 0:
+		case w.waiting.len() > 0:
 			// What comes after it waits in the store below, which knows what
 			// to skip for a slow reader.
-			reader, next, in = w.reader, w.waiting[0], nil
+			reader, next, in = w.reader, w.waiting.first(), nil
 		case source == nil:
 			return
 		}
@@ -120,7 +120,7 @@ func (w *watch) run(ctx context.Context, source <-chan *state.KeyValue) {
 			}
 			w.receive(ev)
 		case reader <- next:
-			w.waiting = w.waiting[1:]
+			w.waiting.pop()
 		case <-timer:
 			w.release()
 		case f := <-w.told:
@@ -144,14 +144,39 @@ func (w *watch) receive(ev *state.KeyValue) {
 		w.s.note("event", w.pattern, w.events, what)
 		w.suffer(e)
 	}
-	i := slices.IndexFunc(w.waiting, func(old *state.KeyValue) bool { return old.Key == ev.Key })
-	if i >= 0 {
-		w.waiting = slices.Delete(w.waiting, i, i+1)
-		if w.skipping {
-			w.release()
-		}
+	if replaced := w.waiting.push(ev); replaced && w.skipping {
+		w.release()
 	}
-	w.waiting = append(w.waiting, ev)
+}
+
+// A backlog holds the last event of every key, in the order of the events. The
+// zero backlog is empty.
+type backlog struct {
+	events list.List
+	of     map[string]*list.Element
+}
+
+func (b *backlog) len() int { return b.events.Len() }
+
+func (b *backlog) first() *state.KeyValue {
+	return b.events.Front().Value.(*state.KeyValue)
+}
+
+func (b *backlog) pop() {
+	delete(b.of, b.events.Remove(b.events.Front()).(*state.KeyValue).Key)
+}
+
+// push adds an event and reports whether it replaces another one.
+func (b *backlog) push(ev *state.KeyValue) (replaced bool) {
+	old := b.of[ev.Key]
+	if old != nil {
+		b.events.Remove(old)
+	}
+	if b.of == nil {
+		b.of = make(map[string]*list.Element)
+	}
+	b.of[ev.Key] = b.events.PushBack(ev)
+	return old != nil
 }
 
 func (w *watch) suffer(e watchEffect) {
