@@ -14,3 +14,8 @@ type Updater interface {
 type ContextWatcher interface {
 	WatchContext(ctx context.Context, pattern string) (<-chan *KeyValue, error)
 }
+
+// WatchContext goes with them.
+func (s *MemoryStore) WatchContext(ctx context.Context, pattern string) (<-chan *KeyValue, error) {
+	return s.WithContext(ctx).Watch(pattern)
+}
