@@ -108,6 +108,50 @@ func TestLostRefresh(t *testing.T) {
 	})
 }
 
+// TestSlowRefresh: an answer that comes after the lease has lapsed for all that
+// its holder knew is too late, and nobody is kept waiting for it.
+func TestSlowRefresh(t *testing.T) {
+	bubble(t, func(t *testing.T, below state.Store, s *statetest.Store) {
+		l := mustLock(t, s, "l", 10*time.Second)
+		time.Sleep(7 * time.Second)
+		s.On(statetest.Refresh, "l").Slow(4 * time.Second)
+		took(t, 4*time.Second, func() { bare(t, state.ErrLockExpired, l.Refresh()) })
+		free(t, below, "l")
+		bare(t, state.ErrLockNotHeld, l.Unlock())
+
+		// It counts from before the request was sent.
+		l = mustLock(t, s, "l", 10*time.Second)
+		s.On(statetest.Refresh, "l").Slow(4 * time.Second)
+		require.NoError(t, l.Refresh())
+		time.Sleep(6*time.Second - 1)
+		require.NoError(t, l.Refresh())
+		time.Sleep(10 * time.Second)
+		bare(t, state.ErrLockExpired, l.Refresh())
+	})
+}
+
+// TestPlainLocks: a lock without a fencing token stays one.
+func TestPlainLocks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := statetest.Wrap(tokenless{state.NewMemoryStore()})
+		defer s.Close()
+		l, err := s.Lock("l", time.Minute)
+		require.NoError(t, err)
+		_, fenced := l.(state.Fenced)
+		assert.False(t, fenced)
+		assert.Equal(t, "l", l.Key())
+		require.NoError(t, l.Refresh())
+		require.NoError(t, l.Unlock())
+	})
+}
+
+type tokenless struct{ state.Store }
+
+func (s tokenless) Lock(key string, ttl time.Duration) (state.Lock, error) {
+	l, err := s.Store.Lock(key, ttl)
+	return struct{ state.Lock }{l}, err
+}
+
 func TestLostUnlock(t *testing.T) {
 	bubble(t, func(t *testing.T, below state.Store, s *statetest.Store) {
 		l := mustLock(t, s, "l", time.Minute)

@@ -547,3 +547,5 @@ func TestWithContextShares(t *testing.T) {
 		assert.Equal(t, `0s put "k" #2: failed: broken`, s.Faults()[0].String())
 	})
 }
+
+func newMemory() state.Store { return state.NewMemoryStore() }
