@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -662,7 +661,7 @@ func (s *MemoryStore) grant(key string, ttl time.Duration, wake chan struct{}) (
 	held := &memoryLock{expiring: expiring{key: key}, token: d.lockRevision}
 	d.locks[key] = held
 	d.lapses.set(&held.expiring, now.deadline(ttl))
-	return newLease(s, key, ttl, asked, held.token), 0, nil
+	return newLease(s.ctx, s, key, ttl, asked, held.token), 0, nil
 }
 
 // awaitLock implements [lockWaiter]. A release wakes one waiter, the one that has
@@ -750,8 +749,8 @@ func (d *memoryData) heldBy(l *lease) *memoryLock {
 }
 
 // extend implements [lessor].
-func (s *MemoryStore) extend(l *lease) error {
-	ended := s.ctx.Err()
+func (s *MemoryStore) extend(ctx context.Context, l *lease) error {
+	ended := ctx.Err()
 	d := s.client.data
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -767,7 +766,7 @@ func (s *MemoryStore) extend(l *lease) error {
 }
 
 // release implements [lessor]. It works whatever has ended.
-func (s *MemoryStore) release(l *lease) error {
+func (s *MemoryStore) release(_ context.Context, l *lease) error {
 	d := s.client.data
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -795,13 +794,7 @@ func (s *MemoryStore) LockHolder(key string) (*LockInfo, error) {
 	if held == nil || held.deadline.passed(d.now()) {
 		return nil, ErrNotFound
 	}
-	return &LockInfo{Key: key, Owner: processOwner(), Token: held.token, Expires: held.deadline.time()}, nil
-}
-
-// processOwner names this process as the owner of a lock.
-func processOwner() string {
-	host, _ := os.Hostname()
-	return fmt.Sprintf("%s:%d", host, os.Getpid())
+	return &LockInfo{Key: key, Owner: processName(), Token: held.token, Expires: held.deadline.time()}, nil
 }
 
 // Close implements [StateStore]. If it is the store that NewMemoryStore returned,

@@ -37,7 +37,7 @@ func natsBackend(replicas int, servers ...*server.Server) backend {
 			bucket := newBucketName()
 			return func() Store {
 				srv := servers[int(clients.Add(1))%len(servers)]
-				return tempNATSStore{openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: bucket, Replicas: replicas})}
+				return openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: bucket, Replicas: replicas})
 			}
 		},
 	}
