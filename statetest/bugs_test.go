@@ -218,12 +218,12 @@ func configured(buggy bool) program {
 				if err := follow(); err == nil && buggy {
 					return
 				}
-				time.Sleep(time.Second)
+				time.Sleep(1_234_567_891) // never when the value changes
 			}
 		})
 		for i := range 100 {
-			put(t, w.below, key, strconv.Itoa(i))
 			time.Sleep(10 * time.Second)
+			put(t, w.below, key, strconv.Itoa(i))
 		}
 		w.heal()
 		time.Sleep(time.Minute)

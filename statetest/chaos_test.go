@@ -102,6 +102,8 @@ var programs = map[string]struct {
 }{
 	"modify":     {modifying, 1},
 	"register":   {registering, 1},
+	"follow":     {following, 4},
+	"cache":      {caching, 10},
 	"keep-alive": {keepingAlive, 2},
 	"hold":       {leading, 4},
 	"with-lock": {func(t *testing.T, w *world) error {

@@ -45,6 +45,7 @@
 //	store.On(statetest.Put, "account").Pause(time.Minute)     // the holder sleeps past its lease, and writes
 //	store.On(statetest.Unlock, "leader").ApplyLate(time.Second) // handed over late
 //	store.On(statetest.Lock, "leader").LoseAnswer()           // held by nobody until it lapses
+//	store.On(statetest.Lock, "leader").Times(3).Fail(state.ErrLockHeld) // somebody else is faster
 //
 // The server or the whole process:
 //
