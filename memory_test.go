@@ -140,7 +140,7 @@ func TestMemoryStoreClients(t *testing.T) {
 func TestMemoryStoreGetSeesRefreshedKeys(t *testing.T) {
 	s := NewMemoryStore()
 	defer s.Close()
-	const ttl = 200 * time.Microsecond
+	const ttl = time.Millisecond
 	// A write that finds the key expired begins a gap, the next one ends it: their
 	// number is odd in a gap.
 	var writes, gaps atomic.Int64
@@ -163,7 +163,7 @@ func TestMemoryStoreGetSeesRefreshedKeys(t *testing.T) {
 		}
 	})
 	var missed, wrong atomic.Int64
-	for range 4 {
+	for range 16 {
 		wg.Go(func() {
 			for {
 				select {

@@ -473,7 +473,8 @@ func (s *NATSStore) beginLock(key string, ttl time.Duration) (context.Context, e
 
 // awaitLock implements lockWaiter.
 func (s *NATSStore) awaitLock(ctx context.Context, key string, ttl time.Duration) (Lock, error) {
-	if _, err := s.beginLock(key, ttl); err != nil {
+	unbound := NATSStore{natsCore: s.natsCore}
+	if _, err := unbound.beginLock(key, ttl); err != nil {
 		return nil, err
 	}
 	return s.natsCore.awaitLock(ctx, key, ttl)
