@@ -225,6 +225,7 @@ func configured(buggy bool) program {
 			time.Sleep(10 * time.Second)
 			put(t, w.below, key, strconv.Itoa(i))
 		}
+		time.Sleep(time.Second)
 		w.heal()
 		time.Sleep(time.Minute)
 		mu.Lock()
