@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -13,24 +14,91 @@ import (
 	"example.com/state"
 )
 
-// write makes changes below, all of them different, until a time.
-func (w *world) write(t *testing.T, end time.Time, pause time.Duration) {
+// A history is what became of the keys below, as their writer knows it.
+type history struct {
+	mu      sync.Mutex
+	changes map[string][]change
+}
+
+type change struct {
+	at       time.Time // when it was acknowledged
+	revision uint64    // 0 for a deletion
+	expires  time.Time
+}
+
+// write makes changes, all of them different, until a time.
+func (h *history) write(t *testing.T, w *world, end time.Time, pause time.Duration) {
 	dice := rand.New(rand.NewPCG(w.seed, 0))
 	for n := 0; time.Now().Before(end); n++ {
 		key := fmt.Sprint("items.", dice.IntN(8))
-		if dice.IntN(3) == 0 {
+		kv, err := w.below.GetKeyValue(key)
+		switch {
+		case err == nil && dice.IntN(3) == 0:
 			require.NoError(t, w.below.Delete(key))
-		} else {
+			h.add(key, change{at: time.Now()})
+		default:
+			var revision uint64
+			if err == nil {
+				revision = kv.Revision
+			}
+			var c change
 			ttl := time.Duration(dice.IntN(3)) * pause
 			if ttl > 0 {
 				ttl += 777 * time.Millisecond
+				c.expires = time.Now().Add(ttl)
 			}
-			require.NoError(t, w.below.Put(key, fmt.Append(nil, n), ttl))
+			c.revision, err = w.below.Update(key, fmt.Append(nil, n), ttl, revision)
+			require.NoError(t, err)
+			c.at = time.Now()
+			h.add(key, c)
 		}
 		if dice.IntN(4) > 0 { // now and then several at once
 			time.Sleep(pause/2 + time.Duration(dice.Int64N(int64(pause))))
 		}
 	}
+}
+
+func (h *history) add(key string, c change) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.changes[key] = append(h.changes[key], c)
+}
+
+// lacks returns what entries lack of what was acknowledged before asOf.
+func (h *history) lacks(entries []*state.KeyValue, asOf time.Time) error {
+	have := map[string]uint64{}
+	for _, kv := range entries {
+		have[kv.Key] = kv.Revision
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	now := time.Now()
+	for key, changes := range h.changes {
+		// It may have any state from the last one before asOf on.
+		ok := len(changes) == 0 || !changes[0].at.Before(asOf) && have[key] == 0
+		for i, c := range changes {
+			replaced := i+1 < len(changes) && changes[i+1].at.Before(asOf)
+			if replaced {
+				continue
+			}
+			expired := !c.expires.IsZero() && c.expires.Before(asOf)
+			if have[key] == c.revision && !expired {
+				ok = true
+			}
+			if have[key] == 0 && !c.expires.IsZero() && !now.Before(c.expires) {
+				ok = true
+			}
+		}
+		if !ok {
+			var became []string
+			for _, c := range changes[max(len(changes)-3, 0):] {
+				became = append(became, fmt.Sprintf("%d at %v, until %v", c.revision, c.at, c.expires))
+			}
+			return fmt.Errorf("%q is at revision %d as of %v, %v ago; it became %s",
+				key, have[key], asOf, now.Sub(asOf), strings.Join(became, "; "))
+		}
+	}
+	return nil
 }
 
 // same says how entries differ from those below.
@@ -80,6 +148,7 @@ func following(t *testing.T, w *world) error {
 			delete(entries, kv.Key)
 		}
 	}
+	h := &history{changes: map[string][]change{}}
 	end := time.Now().Add(day)
 	group.Go(func() {
 		current, changes, err := state.Follow(ctx, s, "items.*")
@@ -100,7 +169,7 @@ func following(t *testing.T, w *world) error {
 		}
 	})
 	for quarter := 1; quarter <= 4; quarter++ {
-		w.write(t, end.Add(-day+day*time.Duration(quarter)/4), 10*time.Minute)
+		h.write(t, w, end.Add(-day+day*time.Duration(quarter)/4), 10*time.Minute)
 		w.heal()
 		time.Sleep(time.Minute + 1)
 		mu.Lock()
@@ -121,17 +190,34 @@ func following(t *testing.T, w *world) error {
 	return nil
 }
 
-// caching has an agent keep a cache: whatever happens it comes to the state below.
+// caching has an agent keep a cache: it has what AsOf promises at any time, and
+// comes to the state below.
 func caching(t *testing.T, w *world) error {
 	s := w.agent()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
+	h := &history{changes: map[string][]change{}}
 	cache, err := state.NewCache(ctx, s, "items.*")
 	for err != nil {
 		time.Sleep(time.Second)
 		cache, err = state.NewCache(ctx, s, "items.*")
 	}
-	w.write(t, time.Now().Add(time.Hour), 10*time.Second)
+	end := time.Now().Add(time.Hour)
+	var writer sync.WaitGroup
+	writer.Go(func() { h.write(t, w, end, 10*time.Second) })
+	for time.Now().Before(end) {
+		asOf := cache.AsOf()
+		entries, err := cache.Entries("items.*")
+		if err == nil {
+			err = h.lacks(entries, asOf)
+		}
+		if err != nil {
+			writer.Wait()
+			return err
+		}
+		time.Sleep(3_456_789_012)
+	}
+	writer.Wait()
 	w.heal()
 	time.Sleep(time.Minute + 1)
 	if age := time.Since(cache.AsOf()); age > 2*time.Second {
