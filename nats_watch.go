@@ -72,6 +72,7 @@ type feed struct {
 	heard     time.Time // when something came last
 	heardAt   timestamp // the same by the server's clock, which no pause of ours stops
 	cursor    uint64    // the last sequence that was dealt with
+	pending   uint64    // how many messages there were behind it
 	created   time.Time // the stream's, which tells it from another of its name
 	openedAt  timestamp // by the server's clock
 	expecting bool      // the first listing comes from a Follow
@@ -402,7 +403,7 @@ func (f *feed) connect(first bool, cursor uint64, created time.Time, heardAt tim
 // attached takes over a new connection, or decides what to do without.
 func (f *feed) attached(a attachment, err error) {
 	if err == nil {
-		f.source, f.epoch, f.asked = a.source, a.epoch, 0
+		f.source, f.epoch, f.asked, f.pending = a.source, a.epoch, 0, 0
 		f.hear()
 		err = f.pull()
 	}
@@ -528,9 +529,11 @@ func (f *feed) look() {
 		f.recheck()
 	}
 	maps.DeleteFunc(f.buried, func(_ string, b burial) bool { return time.Since(b.at) > burialLife })
-	// By now, what was written when the last state was taken has been read.
-	f.lookAtState(f.lastState)
-	f.lastState = f.b.state.Load()
+	if !f.behind() {
+		// By now, what was written when the last state was taken has been read.
+		f.lookAtState(f.lastState)
+		f.lastState = f.b.state.Load()
+	}
 	if time.Since(s.checked) > stateLife-heartbeat/2 {
 		f.b.check()
 	}
@@ -589,6 +592,7 @@ func (f *feed) accept(msg *nats.Msg) error {
 	switch {
 	case st.code == "":
 	case st.code == "100":
+		f.pending = 0
 		return nil
 	case st.code == "smaller":
 		f.asked = 0
@@ -601,7 +605,7 @@ func (f *feed) accept(msg *nats.Msg) error {
 	}
 	f.b.clock.observe(d.written)
 	f.asked--
-	f.cursor = d.seq
+	f.cursor, f.pending = d.seq, d.pending
 	if key, ok := f.b.key(f.pattern, msg.Subject); ok {
 		f.report(key, decode(msg.Header, msg.Data, d.seq, d.written, f.b.settings.Load().MaxAge))
 	}
@@ -737,7 +741,13 @@ func (f *feed) merge(l listing) {
 // expire finds out which of the keys that are due were refreshed in time: a
 // refresh may be on its way to here, or still on its way into the stream.
 func (f *feed) expire() {
-	if f.source == nil || f.asking || !f.expiries.anyDue(f.b.clock.now()) {
+	now := f.b.clock.now()
+	if f.source == nil || f.asking || !f.expiries.anyDue(now) {
+		return
+	}
+	if f.behind() && !f.expiries.anyDue(now-maxOverdue) {
+		// What is on its way here may be refreshes: nothing need be asked then.
+		f.deferred = time.Now().Add(20 * time.Millisecond)
 		return
 	}
 	f.asking = true
@@ -755,6 +765,13 @@ func (f *feed) expire() {
 		})
 	})
 }
+
+// maxOverdue is how long after a deadline a feed that is behind asks about it.
+const maxOverdue = timestamp(400 * time.Millisecond)
+
+// behind reports whether there is something to read that was there when the last
+// message was delivered.
+func (f *feed) behind() bool { return f.pending > 0 || f.source.hasMail() }
 
 // due takes out what has come to its deadline.
 func (f *feed) due(now timestamp) []*tracked {
