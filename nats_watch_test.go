@@ -215,7 +215,7 @@ func TestWatchRefreshRemoved(t *testing.T) {
 		require.NoError(t, other.Put("k", []byte("old"), ttl))
 		old := receive(t, events)
 		p.stall()
-		require.NoError(t, other.Put("k", []byte("new"), 3*ttl))
+		require.NoError(t, other.Put("k", []byte("new"), ttl))
 		refreshed := mustGet(t, other, "k")
 		require.Less(t, refreshed.Modified.Sub(old.Modified), ttl, "too late")
 		eventually(t, func() bool {
@@ -233,7 +233,7 @@ func TestWatchRefreshRemoved(t *testing.T) {
 		gone := receive(t, events)
 		assert.Equal(t, "delete k", brief(gone))
 		assert.Equal(t, refreshed.Revision, gone.Revision)
-		assert.Equal(t, refreshed.Modified.Add(3*ttl), gone.Modified)
+		assert.Equal(t, refreshed.Modified.Add(ttl), gone.Modified)
 	}
 }
 
