@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -38,13 +37,12 @@ type bucket struct {
 	writer string // begins the ids of this client's writes
 	writes atomic.Uint64
 
-	settings   atomic.Pointer[settings]
-	state      atomic.Pointer[streamState] // as the leader last had it
-	refreshing sync.Mutex                  // held by whoever changes the bucket, or looks whether it must
-	checking   atomic.Bool                 // a check of the settings is under way
-	clock      serverClock
-	cache      recordCache
-	maxBatch   atomic.Int32 // of a consumer's requests, as far as the server has refused more
+	settings atomic.Pointer[settings]
+	state    atomic.Pointer[streamState] // as the leader last had it
+	checking atomic.Bool                 // a check of the settings is under way
+	clock    serverClock
+	cache    recordCache
+	maxBatch atomic.Int32 // of a consumer's requests, as far as the server has refused more
 }
 
 // A bucketWant is what is wanted of a bucket. What is zero is left as it is.
@@ -232,8 +230,6 @@ func (b *bucket) check() {
 // refresh looks at the settings after something has contradicted what was
 // believed of them, and makes the bucket fit again.
 func (b *bucket) refresh(t *retryBudget) error {
-	b.refreshing.Lock()
-	defer b.refreshing.Unlock()
 	info, err := b.info(t)
 	if err == nil {
 		err = b.suit(t, info)

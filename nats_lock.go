@@ -50,23 +50,58 @@ func newNATSLocks(conn connection, data *bucket, owner string) *natsLocks {
 // open returns the bucket, which the first Lock creates with the replicas of the
 // data's. It is always on disk.
 func (l *natsLocks) open(t *retryBudget) (*bucket, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if b := l.bucket; b != nil {
+	if b := l.opened(); b != nil {
 		s := b.settings.Load()
 		if time.Since(s.checked) > lockSettingsLife {
 			b.check()
 		}
-		return b, b.suitable(&s.streamConfig)
+		return b, l.inBucket(b, b.suitable(&s.streamConfig))
 	}
-	b := newBucket(l.data.requester, l.data.name+locksSuffix, bucketWant{
+	b := l.newBucket()
+	if err := b.open(t); err != nil {
+		return nil, l.inBucket(b, err)
+	}
+	return l.keep(b), nil
+}
+
+// bind is open for a bucket that need not exist.
+func (l *natsLocks) bind(t *retryBudget) (*bucket, error) {
+	if b := l.opened(); b != nil {
+		return b, nil
+	}
+	b := l.newBucket()
+	info, err := b.info(t)
+	if err == nil {
+		err = l.inBucket(b, b.suitable(&info.config))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return l.keep(b), nil
+}
+
+func (l *natsLocks) newBucket() *bucket {
+	return newBucket(l.data.requester, l.data.name+locksSuffix, bucketWant{
 		replicas: l.data.settings.Load().Replicas, locks: true,
 	})
-	if err := b.open(t); err != nil {
-		return nil, fmt.Errorf("bucket %q: %w", b.name, err)
+}
+
+func (l *natsLocks) inBucket(b *bucket, err error) error {
+	if err == nil {
+		return nil
 	}
-	l.bucket = b
-	return b, nil
+	return fmt.Errorf("bucket %q: %w", b.name, err)
+}
+
+// keep returns the bucket that is used from now on: b, unless another goroutine
+// was faster.
+func (l *natsLocks) keep(b *bucket) *bucket {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.bucket == nil {
+		l.bucket = b
+	}
+	return l.bucket
 }
 
 // opened returns the bucket if there has been a Lock, else nil.
@@ -118,10 +153,10 @@ func (s *natsLocks) acquire(ctx context.Context, t *retryBudget, b *bucket, key 
 	owner := rand.Text()
 	m := mutation{key: key, op: owner + ".0", value: s.leaseData(ttl, 0), ttl: ttl}
 	for {
-		asked := time.Now()
+		t.sent = time.Time{}
 		r, err := b.commit(t, m, base, ifUnchanged)
 		if err == nil {
-			l := newLease(ctx, natsLessor{s, b}, key, ttl, asked, r.revision)
+			l := newLease(ctx, natsLessor{s, b}, key, ttl, t.sent, r.revision)
 			l.owner = owner
 			return l, record{}, nil
 		}
@@ -165,12 +200,9 @@ func (r *record) lockInfo(key string) *LockInfo {
 // holder returns the record of a lock that is held, or ErrNotFound. Where there
 // is no bucket, nothing was ever locked.
 func (s *natsLocks) holder(t *retryBudget, key string) (record, error) {
-	b := s.opened()
-	if b == nil {
-		b = newBucket(s.data.requester, s.data.name+locksSuffix, bucketWant{locks: true})
-		if _, err := b.info(t); err != nil {
-			return record{}, notFoundIfGone(err)
-		}
+	b, err := s.bind(t)
+	if err != nil {
+		return record{}, notFoundIfGone(err)
 	}
 	r, err := b.leaderLast(t, key)
 	if err != nil {

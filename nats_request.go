@@ -89,6 +89,7 @@ type retryBudget struct {
 	ctx   context.Context // the caller's
 	begun time.Time
 	since time.Time // when progress was made last
+	sent  time.Time // when the first request was sent; zero if none was
 	pause time.Duration
 }
 
@@ -385,10 +386,14 @@ func (r *requester) do(t *retryBudget, msg *nats.Msg, rep repetition) (answer *n
 	x := r.expect()
 	defer r.forget(x)
 	msg.Reply = x.reply
+	now := time.Now()
+	if t.sent.IsZero() {
+		t.sent = now
+	}
 	if err := r.publish(msg); err != nil {
 		return nil, false, err
 	}
-	w := waiter{r: r, t: t, sent: time.Now(), first: time.Now()}
+	w := waiter{r: r, t: t, sent: now, first: now}
 	x.timer.Reset(checkInterval)
 	for copies := 1; ; {
 		select {
@@ -491,6 +496,7 @@ type waiter struct {
 	t     *retryBudget
 	first time.Time // when the request was sent
 	sent  time.Time // and when the last time
+	heard time.Time // since when the answer is known not to be on its way
 	in    uint64    // messages that had come in by the last check
 }
 
@@ -512,15 +518,18 @@ func (w *waiter) check(rep repetition) verdict {
 	w.retried(now)
 	if w.r.heardSince(w.sent) {
 		// It is not on its way; it is late, or lost.
+		if w.heard.IsZero() {
+			w.heard = now
+		}
 		switch {
 		case rep == repeatable && now.Sub(w.sent) >= repeatInterval && w.r.elections():
 			if w.t.left() <= minAttempt {
 				return giveUp
 			}
-			w.sent = now
+			w.sent, w.heard = now, time.Time{}
 			w.r.stats.retries.Add(1)
 			return repeatNow
-		case rep == resolvable && now.Sub(w.sent) >= ackTimeout:
+		case rep == resolvable && now.Sub(w.heard) >= ackTimeout-checkInterval:
 			return giveUp
 		}
 	} else if moving {
