@@ -89,7 +89,8 @@ type follower interface {
 type source struct {
 	current []*KeyValue
 	begun   time.Time     // what was acknowledged before is in current
-	asOf    uint64        // the newest revision in current
+	asOf    uint64        // the newest revision that is known to be in what was listed
+	newest  uint64        // the newest revision of an event
 	sub     *subscription // of a store that is a follower; else
 	events  <-chan *KeyValue
 	ask     func()
@@ -231,6 +232,8 @@ func (f *following) ask(ctx context.Context, src *source) {
 		return
 	}
 	f.reconcile(current)
+	// Whatever is gone by now may have had the newest revision.
+	src.asOf = max(src.asOf, src.newest)
 	for _, kv := range current {
 		src.asOf = max(src.asOf, kv.Revision)
 	}
@@ -240,6 +243,7 @@ func (f *following) ask(ctx context.Context, src *source) {
 // change passes an event on, unless it is older than what is known. An expiry
 // has the revision of the value that expired.
 func (f *following) change(src *source, ev *KeyValue) {
+	src.newest = max(src.newest, ev.Revision)
 	known, exists := f.sink.revision(ev.Key)
 	switch {
 	case ev.Operation == OpDelete && (!exists || ev.Revision < known):
