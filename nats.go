@@ -420,6 +420,9 @@ func (s *NATSStore) watchError(pattern string, err error) error {
 // follow implements follower: a watch and a listing in one pass, which costs no
 // more requests than Watch does by itself.
 func (s *NATSStore) follow(ctx context.Context, p pattern) (*subscription, []*KeyValue, func(), error) {
+	if s == nil || s.natsCore == nil {
+		return nil, nil, nil, errUnopened
+	}
 	f, w, err := s.join(ctx, p, true)
 	if err != nil {
 		return nil, nil, nil, err
