@@ -38,10 +38,16 @@ type NATSStoreConfig struct {
 	// Replicas is how many servers keep a copy of a new bucket. Default: 1. An
 	// existing bucket is left as it is.
 	Replicas int
-	// Domain is the JetStream domain of the bucket, as behind a leaf node.
+	// Domain is the JetStream domain of the bucket, as behind a leaf node. What
+	// is published on one side of a leaf node is not heard on the other, so
+	// whoever waits for a lock looks every two seconds whether it was released.
 	Domain string
 	// APIPrefix is what an account's import puts in place of "$JS.API", if the
 	// bucket is another account's. At most one of Domain and APIPrefix is set.
+	// That account exports the service "$JS.API.>" with the response type stream
+	// and the service "$KV.<bucket>.>", and the same of the bucket of locks; this
+	// one imports them as "<prefix>.>" and "<prefix>.$KV.<bucket>.>". Waiting for
+	// a lock is as with a Domain.
 	APIPrefix string
 	// Logger receives what an operator wants to know: a watch that was cut off
 	// and is back, or ends; a lease that was lost; a write of unknown outcome; a
@@ -160,7 +166,7 @@ func NewNATSStore(cfg NATSStoreConfig) (*NATSStore, error) {
 		maxValue: data.maxValue(),
 		owner:    cfg.Owner,
 		maxCut:   tombstoneTTL - time.Minute,
-		deaf:     cfg.Conn.Opts.NoEcho || cfg.APIPrefix != "",
+		deaf:     cfg.Conn.Opts.NoEcho || cfg.Domain != "" || cfg.APIPrefix != "",
 		feeds:    feeds{by: make(map[pattern]*feed)},
 	}
 	if cfg.MaxValueSize > 0 {
