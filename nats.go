@@ -38,10 +38,16 @@ type NATSStoreConfig struct {
 	// Replicas is how many servers keep a copy of a new bucket. Default: 1. An
 	// existing bucket is left as it is.
 	Replicas int
-	// Domain is the JetStream domain of the bucket, as behind a leaf node.
+	// Domain is the JetStream domain of the bucket, as behind a leaf node. What
+	// is published on one side of a leaf node is not heard on the other, so
+	// whoever waits for a lock looks every two seconds whether it was released.
 	Domain string
 	// APIPrefix is what an account's import puts in place of "$JS.API", if the
 	// bucket is another account's. At most one of Domain and APIPrefix is set.
+	// That account exports the service "$JS.API.>" with the response type stream
+	// and the service "$KV.<bucket>.>", and the same of the bucket of locks; this
+	// one imports them as "<prefix>.>" and "<prefix>.$KV.<bucket>.>". Waiting for
+	// a lock is as with a Domain.
 	APIPrefix string
 	// Logger receives what an operator wants to know: a watch that was cut off
 	// and is back, or ends; a lease that was lost; a write of unknown outcome; a
@@ -409,6 +415,9 @@ func (s *NATSStore) watchError(pattern string, err error) error {
 // follow implements follower: a watch and a listing in one pass, which costs no
 // more requests than Watch does by itself.
 func (s *NATSStore) follow(ctx context.Context, p pattern) (*subscription, []*KeyValue, func(), error) {
+	if s == nil || s.natsCore == nil {
+		return nil, nil, nil, errUnopened
+	}
 	f, w, err := s.feeds.join(ctx, p, true)
 	if err != nil {
 		return nil, nil, nil, err

@@ -44,7 +44,7 @@ func newNATSLocks(conn connection, data *bucket, owner string) *natsLocks {
 	if owner == "" {
 		owner = processName()
 	}
-	return &natsLocks{conn: conn, data: data, owner: owner, deaf: conn.nc.Opts.NoEcho || conn.apiPrefix != ""}
+	return &natsLocks{conn: conn, data: data, owner: owner, deaf: conn.nc.Opts.NoEcho || conn.domain != "" || conn.apiPrefix != ""}
 }
 
 // open returns the bucket, which the first Lock creates with the replicas of the
