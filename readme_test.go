@@ -40,7 +40,9 @@ const readmeFragment = `package readme
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"strconv"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -50,13 +52,15 @@ import (
 
 var (
 	_ = fmt.Println
+	_ = errors.Is
+	_ = strconv.Itoa
 	_ time.Duration
 	_ *nats.Conn
 )
 
-func _(ctx context.Context, store *state.NATSStore, lock state.Lock, data []byte,
+func _(ctx context.Context, store state.Store, data []byte,
 	resource interface{ Write(token uint64, data []byte) error },
-	increment func([]byte) []byte, deploy func(context.Context, uint64) error) (err error) {
+	lead func(context.Context, uint64) error) (err error) {
 	{
 %s	}
 	return err
@@ -220,60 +224,102 @@ func useEverything(operator, nc *nats.Conn) error {
 		return err
 	}
 	defer other.Close()
-
-	ctx, stopWatching := context.WithCancel(ctx)
-	defer stopWatching()
-	events, err := s.WithContext(ctx).Watch("config.*")
-	if err != nil {
-		return err
-	}
-	for _, by := range []StateStore{other, s} {
-		if err := by.Put("config.pace", []byte("brisk"), time.Hour); err != nil {
+	for _, use := range []func(ctx context.Context, s, other *NATSStore) error{
+		watchEverything, cacheEverything, readEverything, lockEverything,
+	} {
+		if err := use(ctx, s, other); err != nil {
 			return err
 		}
-		select {
-		case <-events:
-		case <-ctx.Done():
-			return errors.New("the watch tells nothing")
-		}
 	}
-	// At its deadline the server has it no more.
 	stream, err := js.Stream(ctx, "KV_"+cfg.Bucket)
 	if err != nil {
 		return err
 	}
-	if err := s.Put("config.brief", nil, 300*time.Millisecond); err != nil {
+	return deleteFromFull(ctx, s, js, stream)
+}
+
+func watchEverything(ctx context.Context, s, other *NATSStore) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // deletes the consumer
+	events, err := s.WithContext(ctx).Watch("config.*")
+	if err != nil {
 		return err
 	}
-	for range 2 {
+	next := func(want Operation) error {
 		select {
-		case <-events:
+		case ev, ok := <-events:
+			if !ok || ev.Operation != want {
+				return fmt.Errorf("got %v instead of a %v", ev, want)
+			}
+			return nil
 		case <-ctx.Done():
-			return errors.New("the watch tells of no expiry")
+			return ctx.Err()
 		}
-		if err := stream.Purge(ctx, jetstream.WithPurgeSubject("$KV.agent-state.config.brief")); err != nil {
+	}
+	for _, by := range []Store{other, s} {
+		if err := by.Put("config.pace", []byte("brisk"), time.Hour); err != nil {
+			return err
+		}
+		if err := next(OpPut); err != nil {
 			return err
 		}
 	}
+	if err := s.Put("config.brief", nil, 300*time.Millisecond); err != nil {
+		return err
+	}
+	if err := next(OpPut); err != nil {
+		return err
+	}
+	return next(OpDelete)
+}
+
+func cacheEverything(ctx context.Context, s, other *NATSStore) error {
+	c, err := NewCache(ctx, s, "config.*")
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	revision, err := other.Update("config.cached", nil, 0, 0)
+	if err != nil {
+		return err
+	}
+	if err := c.Wait(ctx, revision); err != nil {
+		return err
+	}
+	// Only the server knows that nothing has changed since.
+	for began := time.Now(); !c.AsOf().After(began); time.Sleep(10 * time.Millisecond) {
+		if ctx.Err() != nil {
+			return fmt.Errorf("the cache is as of %v", c.AsOf())
+		}
+	}
+	return nil
+}
+
+func readEverything(ctx context.Context, s, _ *NATSStore) error {
 	if value, err := s.Get("config.pace"); err != nil || string(value) != "brisk" {
 		return fmt.Errorf("got %q, %w", value, err)
 	}
 	if _, err := s.data.leaderLast(newBudget(ctx), "config.pace"); err != nil { // Get, on several replicas
 		return err
 	}
-	if keys, err := s.Keys("*"); err != nil || len(keys) != 1 {
-		return fmt.Errorf("keys %q, %w", keys, err)
+	for _, pattern := range []string{"*", "config.*"} {
+		if keys, err := s.Keys(pattern); err != nil || len(keys) != 2 {
+			return fmt.Errorf("keys %q, %w", keys, err)
+		}
 	}
-	if err := s.Delete("config.pace"); err != nil {
-		return err
-	}
+	return s.Delete("config.cached")
+}
 
+func lockEverything(ctx context.Context, s, other *NATSStore) error {
 	taken, err := other.Lock("deploy", time.Minute)
 	if err != nil {
 		return err
 	}
 	if _, err := s.Lock("deploy", time.Minute); err != ErrLockHeld {
 		return fmt.Errorf("locked twice: %w", err)
+	}
+	if _, err := s.LockHolder("deploy"); err != nil {
+		return err
 	}
 	unlocked := make(chan error, 1)
 	time.AfterFunc(50*time.Millisecond, func() { unlocked <- taken.Unlock() })
@@ -289,6 +335,26 @@ func useEverything(operator, nc *nats.Conn) error {
 		return err
 	}
 	return lock.Unlock()
+}
+
+// deleteFromFull deletes a key from a bucket that has no room for a marker.
+func deleteFromFull(ctx context.Context, s *NATSStore, js jetstream.JetStream, stream jetstream.Stream) error {
+	info, err := stream.Info(ctx)
+	if err != nil {
+		return err
+	}
+	full := info.Config
+	full.MaxBytes = int64(info.State.Bytes)
+	if _, err := js.UpdateStream(ctx, full); err != nil {
+		return err
+	}
+	if err := s.Delete("config.pace"); err != nil {
+		return err
+	}
+	if _, err := s.Get("config.pace"); err != ErrNotFound {
+		return fmt.Errorf("it was not deleted: %w", err)
+	}
+	return nil
 }
 
 // TestDocumentLinks follows the links of the documents to files and headings of

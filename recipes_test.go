@@ -17,8 +17,6 @@ import (
 
 // Recipes: each is the shortest program that does it right, on any store.
 
-// A registry: agents that join and leave, with metadata.
-
 // An Instance is what an agent says about itself.
 type Instance struct {
 	Address string
@@ -86,10 +84,7 @@ func ExampleFollow_registry() {
 	// ada has left
 }
 
-// A task queue: each task is claimed by one worker, and claimed again if that
-// worker dies.
-
-// Work does tasks until ctx ends. Whoever wants something done puts it under a
+// Work does the tasks of a queue until ctx ends. Whoever wants something done puts it under a
 // key "tasks.<id>"; it is done when the key is gone. A lock is the claim. If a
 // worker dies, its lease lapses, and another worker takes over. One that was
 // paused for longer than its lease may do a task beside another worker; then one
@@ -172,8 +167,6 @@ func ExampleHold_queue() {
 	// [] <nil>
 }
 
-// A leader, whose writes are fenced.
-
 // Lead runs work while it is the leader, again and again, until ctx ends. The
 // context of work ends when the lease is lost.
 func Lead(ctx context.Context, store state.Store, work func(ctx context.Context, token uint64) error) error {
@@ -186,7 +179,7 @@ func Lead(ctx context.Context, store state.Store, work func(ctx context.Context,
 	return ctx.Err()
 }
 
-// A Schedule is written by leaders only. It has the token of the last writer.
+// A Schedule is written by leaders only, and has the last writer's token.
 type Schedule struct {
 	Token uint64
 	Text  string
