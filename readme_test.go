@@ -337,8 +337,12 @@ func lockEverything(ctx context.Context, s, other *NATSStore) error {
 	return lock.Unlock()
 }
 
-// deleteFromFull deletes a key from a bucket that has no room for a marker.
+// deleteFromFull deletes a key from a bucket that has no room for a marker, since
+// what another client wrote is smaller than any.
 func deleteFromFull(ctx context.Context, s *NATSStore, js jetstream.JetStream, stream jetstream.Stream) error {
+	if _, err := js.Publish(ctx, "$KV.agent-state.small", nil); err != nil {
+		return err
+	}
 	info, err := stream.Info(ctx)
 	if err != nil {
 		return err
@@ -348,10 +352,10 @@ func deleteFromFull(ctx context.Context, s *NATSStore, js jetstream.JetStream, s
 	if _, err := js.UpdateStream(ctx, full); err != nil {
 		return err
 	}
-	if err := s.Delete("config.pace"); err != nil {
+	if err := s.Delete("small"); err != nil {
 		return err
 	}
-	if _, err := s.Get("config.pace"); err != ErrNotFound {
+	if _, err := s.Get("small"); err != ErrNotFound {
 		return fmt.Errorf("it was not deleted: %w", err)
 	}
 	return nil
