@@ -13,7 +13,7 @@ import (
 // by what [Follow] does, for programs that read far more often than others
 // write. Its reads make no request, and do not block each other.
 //
-// A read returns what the store held a moment ago: as a rule less than a
+// A read returns what the store held a moment ago: usually less than a
 // millisecond on a local network, longer while the connection is cut. AsOf says
 // how long, and Wait waits until the cache has a change that the caller knows
 // of. An entry is in the cache until its expiry has been delivered.

@@ -40,7 +40,7 @@ type NATSStoreConfig struct {
 	Replicas int
 	// Domain is the JetStream domain of the bucket, as behind a leaf node. What
 	// is published on one side of a leaf node is not heard on the other, so
-	// whoever waits for a lock looks every two seconds whether it was released.
+	// a waiter for a lock checks every two seconds whether it was released.
 	Domain string
 	// APIPrefix is what an account's import puts in place of "$JS.API", if the
 	// bucket is another account's. At most one of Domain and APIPrefix is set.
@@ -77,7 +77,7 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // made it, except that message TTLs are switched on. Two settings matter to
 // what it promises:
 //
-//   - A bucket with a TTL of its own (MaxAge) keeps it: no entry lives longer,
+//   - A bucket that has a TTL itself (MaxAge) keeps it: no entry lives longer,
 //     whatever TTL it was put with. Entries end at that deadline as at one of
 //     their own.
 //   - A bucket with delete markers (SubjectDeleteMarkerTTL, which nats.go calls

@@ -22,7 +22,7 @@ const locksSuffix = "-locks"
 const lockSettingsLife = time.Minute
 
 // natsLocks are the locks of a store. Their records are kept in a bucket of
-// their own beside the data: a name space of its own, whose traffic no watch
+// their own beside the data: a separate name space, whose traffic no watch
 // sees, and in which any KV tool shows who holds what.
 //
 // A record is only ever written on top of the one that its writer knows. A

@@ -11,8 +11,8 @@ import (
 
 const (
 	// lockJitter is the time over which those who wait for a lock in different
-	// processes spread their attempts after a release. Whoever hears the attempt
-	// of another one leaves the lock to it.
+	// processes spread their attempts after a release. A waiter that hears
+	// the attempt of another one leaves the lock to it.
 	lockJitter = 10 * time.Millisecond
 	// yieldFor is how long a waiter leaves a lock to somebody whose attempt it
 	// has heard, before it looks what became of that.
@@ -188,7 +188,8 @@ func (w *lockWaits) enter(s *natsLocks, key string) (q *lockQueue, turn chan str
 			w.queue = make(map[string]*lockQueue)
 		}
 		w.queue[key] = q
-		// It needs no consumer. Who may not listen waits for the lease's end.
+		// It needs no consumer. A client that may not listen waits for the
+		// lease's end.
 		q.sub, _ = s.data.nc.Subscribe("$KV."+s.data.name+locksSuffix+"."+key, q.hear)
 	}
 	if q.waiters = append(q.waiters, turn); len(q.waiters) == 1 {

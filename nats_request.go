@@ -129,7 +129,7 @@ func (b *retryBudget) wait(life context.Context) bool {
 type requester struct {
 	nc    *nats.Conn
 	api   string // what the subjects of the JetStream API begin with
-	route string // what the subjects of a bucket are published behind, as a rule ""
+	route string // what the subjects of a bucket are published behind, usually ""
 	log   *slog.Logger
 	stats counters
 
@@ -328,7 +328,7 @@ func (r *requester) expect() *exchange {
 	return x
 }
 
-// register gives an exchange a reply subject of its own.
+// register gives an exchange its own reply subject.
 func (r *requester) register(x *exchange) {
 	r.mu.Lock()
 	r.next++
@@ -509,7 +509,7 @@ const (
 )
 
 // check looks whether the answer may be on its way: a ping that was sent after
-// the request is answered behind everything that the server had to say by then.
+// the request is answered behind everything that the server had sent before.
 func (w *waiter) check(rep repetition) verdict {
 	now := time.Now()
 	in := w.r.nc.Stats().InMsgs

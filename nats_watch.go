@@ -73,7 +73,7 @@ type feed struct {
 	heardAt   timestamp // the same by the server's clock, which no pause of ours stops
 	cursor    uint64    // the last sequence that was dealt with
 	pending   uint64    // how many messages there were behind it
-	created   time.Time // the stream's, which tells it from another of its name
+	created   time.Time // the stream's, which distinguishes it from another of its name
 	openedAt  timestamp // by the server's clock
 	expecting bool      // the first listing comes from a Follow
 
@@ -465,7 +465,7 @@ func (f *feed) notAttached(err error) {
 	f.later(pause/2+rand.N(pause), f.attach)
 }
 
-// later posts something after a time, unless the feed has ended by then.
+// later posts something after a time, unless the feed has ended.
 func (f *feed) later(d time.Duration, do func()) {
 	f.b.start(func() {
 		timer := time.NewTimer(d)
@@ -713,9 +713,9 @@ func (f *feed) list() {
 // merge takes over what a listing found. What was read since the listing began
 // is newer.
 func (f *feed) merge(l listing) {
-	over := f.openedAt // what had expired by then is not reported
+	over := f.openedAt // what had expired before is not reported
 	if f.listed {
-		over = l.now // what has expired by then was tracked, and was or will be reported
+		over = l.now // what expired before was tracked: it was reported, or will be
 	}
 	there := make(map[string]bool, len(l.all))
 	for i := range l.all {
@@ -843,7 +843,7 @@ func (f *feed) suspect(suspects []*tracked) {
 				f.doubtful[t.key] = t
 			case found.last == 0:
 				f.gone(t, t.revision, f.removedAt(t))
-				f.listPause = stateLife // whoever removes some may remove more
+				f.listPause = stateLife // there may be more removals
 			}
 		}
 	})

@@ -29,7 +29,7 @@ const (
 var errMoved = errors.New("the key was written by somebody else")
 
 // put writes m.value to a key whatever it holds, in at most three requests
-// however many others write it: as a rule one, conditional on the record that
+// however many others write it: usually one, conditional on the record that
 // this client knows, so that what it carries of that record is right. Where
 // others write the key, too, it reads the key first and then writes without a
 // condition, because conditional writes starve beside faster ones.
@@ -280,7 +280,7 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 
 var errBusy = errors.New("another write to the key is under way, and does not end")
 
-// moved is what a write is told whose base is gone.
+// moved is the error of a write whose base is gone.
 func (b *bucket) moved(inDoubt error) error {
 	if inDoubt != nil {
 		return unknownIf(inDoubt, nil)
@@ -301,7 +301,7 @@ func unknownIf(inDoubt, err error) error {
 }
 
 // waitForRemoval waits until the server has removed a record that it is about to
-// replace by a marker of its own: that would remove what is written meanwhile,
+// replace by its own marker: that would remove what is written meanwhile,
 // too.
 func (b *bucket) waitForRemoval(t *retryBudget, base record) error {
 	for b.settings.Load().MarkerTTL > 0 && base.leaving(b.clock.now()) {
