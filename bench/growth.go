@@ -134,7 +134,7 @@ func memoryKeysGrowth(r *run, sizes []int) error {
 		t.rows = append(t.rows, append(append([]string{count(n)}, words...), size(each)))
 		_ = s.Close()
 	}
-	r.tables = append(r.tables, t)
+	r.table(t)
 	return nil
 }
 
@@ -161,7 +161,7 @@ func natsKeysGrowth(r *run, sizes []int) error {
 		}
 		t.rows = append(t.rows, append(append([]string{count(n)}, words...), size(each)))
 	}
-	r.tables = append(r.tables, t)
+	r.table(t)
 	return nil
 }
 
@@ -206,7 +206,7 @@ func memoryWatchGrowth(r *run, sizes []int) error {
 		}
 		t.rows = append(t.rows, []string{count(n), duration(none), duration(all), share, each})
 	}
-	r.tables = append(r.tables, t)
+	r.table(t)
 	return nil
 }
 
@@ -281,7 +281,7 @@ func natsWatchGrowth(r *run, _ []int) error {
 		_ = s.Close()
 		nc.Close()
 	}
-	r.tables = append(r.tables, t)
+	r.table(t)
 	return nil
 }
 
@@ -319,6 +319,6 @@ func waitingGrowth(r *run, sizes []int) error {
 		}
 		t.rows = append(t.rows, words)
 	}
-	r.tables = append(r.tables, t)
+	r.table(t)
 	return nil
 }

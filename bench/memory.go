@@ -16,6 +16,9 @@ import (
 	gocache "github.com/patrickmn/go-cache"
 )
 
+const memoryText = "The caches share the caller's slice: who changes the bytes changes the cache. *copying* means that they are " +
+	"made to copy on the way in and out, as MemoryStore does."
+
 // A mapStore is the least that can hold values: a map and a mutex. It has no
 // TTL.
 type mapStore struct {
