@@ -13,7 +13,7 @@ import (
 // whom that is done in one run, is in the module bench.
 
 // eachBackend runs f for a store of each backend.
-func eachBackend(b *testing.B, f func(b *testing.B, s StateStore)) {
+func eachBackend(b *testing.B, f func(b *testing.B, s Store)) {
 	b.Run("memory", func(b *testing.B) {
 		s := NewMemoryStore()
 		defer s.Close()
@@ -49,7 +49,7 @@ func fill(b *testing.B, s StateStore, keys []string) {
 }
 
 func BenchmarkGet(b *testing.B) {
-	eachBackend(b, func(b *testing.B, s StateStore) {
+	eachBackend(b, func(b *testing.B, s Store) {
 		keys := benchKeys(1000)
 		fill(b, s, keys)
 		check(b, s.Put("lasting", benchValue, time.Hour))
@@ -84,7 +84,7 @@ func BenchmarkGet(b *testing.B) {
 }
 
 func BenchmarkPut(b *testing.B) {
-	eachBackend(b, func(b *testing.B, s StateStore) {
+	eachBackend(b, func(b *testing.B, s Store) {
 		keys := benchKeys(1000)
 		fill(b, s, keys)
 		b.Run("own-key", func(b *testing.B) {
@@ -124,19 +124,19 @@ func BenchmarkPut(b *testing.B) {
 }
 
 func BenchmarkUpdate(b *testing.B) {
-	eachBackend(b, func(b *testing.B, s StateStore) {
+	eachBackend(b, func(b *testing.B, s Store) {
 		var revision uint64
 		b.ReportAllocs()
 		for b.Loop() {
 			var err error
-			revision, err = s.(Updater).Update("key", benchValue, 0, revision)
+			revision, err = s.Update("key", benchValue, 0, revision)
 			check(b, err)
 		}
 	})
 }
 
 func BenchmarkPutDelete(b *testing.B) {
-	eachBackend(b, func(b *testing.B, s StateStore) {
+	eachBackend(b, func(b *testing.B, s Store) {
 		b.ReportAllocs()
 		for b.Loop() {
 			check(b, s.Put("key", benchValue, 0))
@@ -146,7 +146,7 @@ func BenchmarkPutDelete(b *testing.B) {
 }
 
 func BenchmarkLockUnlock(b *testing.B) {
-	eachBackend(b, func(b *testing.B, s StateStore) {
+	eachBackend(b, func(b *testing.B, s Store) {
 		b.Run("one", func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
@@ -177,7 +177,7 @@ func BenchmarkLockUnlock(b *testing.B) {
 }
 
 func BenchmarkRefresh(b *testing.B) {
-	eachBackend(b, func(b *testing.B, s StateStore) {
+	eachBackend(b, func(b *testing.B, s Store) {
 		lock, err := s.Lock("lock", time.Hour)
 		check(b, err)
 		b.ReportAllocs()
@@ -190,7 +190,7 @@ func BenchmarkRefresh(b *testing.B) {
 func BenchmarkKeys(b *testing.B) {
 	for _, n := range []int{1000, 10000} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
-			eachBackend(b, func(b *testing.B, s StateStore) {
+			eachBackend(b, func(b *testing.B, s Store) {
 				fill(b, s, benchKeys(n))
 				for name, pattern := range map[string]string{"all": "*", "one-in-a-hundred": "group-007.*"} {
 					b.Run(name, func(b *testing.B) {
@@ -211,7 +211,7 @@ func BenchmarkKeys(b *testing.B) {
 
 // BenchmarkWatch takes the time from a Put to its event.
 func BenchmarkWatch(b *testing.B) {
-	eachBackend(b, func(b *testing.B, s StateStore) {
+	eachBackend(b, func(b *testing.B, s Store) {
 		events, err := s.Watch("watched.*")
 		require.NoError(b, err)
 		b.ReportAllocs()

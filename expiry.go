@@ -48,6 +48,18 @@ func (a expiryQueue) next() timestamp {
 	return a[0].listed
 }
 
+// anyDue reports whether something ends at now or before.
+func (a expiryQueue) anyDue(now timestamp) bool {
+	for len(a) > 0 && a[0].listed.passed(now) {
+		if a[0].deadline.passed(now) {
+			return true
+		}
+		a[0].listed = a[0].deadline
+		heap.Fix(&a, 0)
+	}
+	return false
+}
+
 // due takes out and returns the first of what ends at now or before; nil if
 // nothing does.
 func (a *expiryQueue) due(now timestamp) *expiring {

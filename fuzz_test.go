@@ -97,12 +97,12 @@ func FuzzPattern(f *testing.F) {
 // FuzzDecode reads messages by anybody: the header block is any bytes.
 func FuzzDecode(f *testing.F) {
 	for _, block := range []string{
-		"", "NATS/1.0\r\n\r\n", "NATS/1.0\r\nNats-TTL: 5\r\nState-TTL: 4500000000\r\n\r\n", "NATS/1.0\r\nNats-TTL: never\r\n\r\n",
-		// "NATS/1.0\r\nNats-TTL: Never\r\n\r\n", // mixed-case never
-		"NATS/1.0\r\nNats-TTL: 1m30s\r\n\r\n", "NATS/1.0\r\nNats-TTL: -1\r\nState-TTL: x\r\n\r\n",
+		"", "NATS/1.0\r\n\r\n", "NATS/1.0\r\nNats-TTL: 5\r\nState: op t=4500000000\r\n\r\n", "NATS/1.0\r\nNats-TTL: never\r\n\r\n",
+		"NATS/1.0\r\nNats-TTL: Never\r\n\r\n",
+		"NATS/1.0\r\nNats-TTL: 1m30s\r\n\r\n", "NATS/1.0\r\nNats-TTL: -1\r\nState: op t=x\r\n\r\n",
 		"NATS/1.0\r\nKV-Operation: DEL\r\n\r\n", "NATS/1.0\r\nKV-Operation: PURGE\r\nNats-Rollup: sub\r\n\r\n",
-		"NATS/1.0\r\nNats-Marker-Reason: MaxAge\r\n\r\n", "NATS/1.0\r\nState-Created: 999 2000\r\nState-Op: abc.1\r\n\r\n",
-		"NATS/1.0\r\nState-Created: -5\r\n\r\n", "NATS/1.0\r\nState-Created: 99999999999999999999 1\r\n\r\n", "NATS/1.0\r\nState-TTL: 9223372036854775807\r\n\r\n",
+		"NATS/1.0\r\nNats-Marker-Reason: MaxAge\r\n\r\n", "NATS/1.0\r\nState: abc.1 c=999 d=2000\r\n\r\n",
+		"NATS/1.0\r\nState: x c=-5\r\n\r\n", "NATS/1.0\r\nState: c=1 c=99999999999999999999 d=1\r\n\r\n", "NATS/1.0\r\nState: x  t=9223372036854775807 c\r\n\r\n",
 		"NATS/1.0\r\nNats-TTL: 9000000000\r\n\r\n", "NATS/1.0 404 No\r\n\r\n", "NATS/1.0\r\nA\r\n\r\n", "\x00\xff",
 	} {
 		f.Add([]byte(block), []byte("value"), uint64(7), int64(1_700_000_000_000_000_000), int64(0))
@@ -113,15 +113,10 @@ func FuzzDecode(f *testing.F) {
 			return // the server's own, which are never so
 		}
 		written := timestamp(at)
-		r, err := (&storedMsg{Seq: seq, Header: block, Data: data, Time: time.Unix(0, at)}).record(time.Duration(maxAge))
+		r := (&storedMsg{Seq: seq, Header: block, Data: data, Time: time.Unix(0, at)}).record(time.Duration(maxAge))
+		hdr, err := nats.DecodeHeadersMsg(block)
 		if err != nil {
-			return
-		}
-		hdr := nats.Header{}
-		if len(block) > 0 {
-			if hdr, err = nats.DecodeHeadersMsg(block); err != nil {
-				t.Fatal("it was decoded all the same")
-			}
+			hdr = nats.Header{} // what cannot be read counts as absent
 		}
 		if r.revision != seq || r.modified != written || r.value == nil || string(r.value) != string(data) {
 			t.Fatalf("%+v of sequence %d at %d", r, seq, at)
@@ -145,11 +140,11 @@ func FuzzDecode(f *testing.F) {
 			return // no server takes it
 		}
 		var want timestamp
-		if server > 0 && server <= maxBroom {
+		if server > 0 && server <= maxServerTTL {
 			want = written.deadline(server)
 		}
-		if exact, err := strconv.ParseInt(hdr.Get("State-TTL"), 10, 64); err == nil && exact > 0 {
-			want = written.deadline(time.Duration(exact))
+		if exact := decodeState(hdr.Get(headerState)).ttl; exact > 0 {
+			want = written.deadline(exact)
 		}
 		if end := written.deadline(time.Duration(maxAge)); !never && end != 0 && (want == 0 || want > end) {
 			want = end
@@ -181,8 +176,8 @@ func serverTTL(s string) (ttl time.Duration, never, stored bool) {
 	if err != nil || n == 0 {
 		return 0, false, false
 	}
-	if n > int64(maxBroom/time.Second) {
-		return maxBroom + 1, false, true
+	if n > int64(maxServerTTL/time.Second) {
+		return maxServerTTL + 1, false, true
 	}
 	return time.Duration(n) * time.Second, false, true
 }
@@ -203,21 +198,25 @@ func FuzzEntry(f *testing.F) {
 		if ttl < 0 || age < 0 || slack < 0 || delay < 0 || max(age, slack, delay, -life) > int64(now/2) {
 			return
 		}
-		last := &record{entry: entry{revision: 5, created: now - timestamp(age), modified: now - timestamp(age)}, deleted: deleted}
+		last := record{entry: entry{revision: 5, created: now - timestamp(age), modified: now - timestamp(age)}, deleted: deleted}
 		switch {
 		case life > 0:
 			last.deadline = now.deadline(time.Duration(life)) // it is there for all that the writer knows
 		case life < 0:
 			last.deadline = now + timestamp(life) // it has gone
 		}
-		msg, next := entryWriter{subject: "s", op: "op", now: now, slack: timestamp(slack)}.value(last, []byte("v"), time.Duration(ttl))
+		e := encoder{now: now, uncertainty: timestamp(slack), grace: expiryGrace, rollup: true}
+		hdr, next := e.encode(mutation{key: "k", op: "op", value: []byte("v"), ttl: time.Duration(ttl)}, last, ifUnchanged)
 		written := now + timestamp(delay)
-		r := decode(msg.Header, msg.Data, 6, written, 0)
+		r := decode(hdr.Header, []byte("v"), 6, written, 0)
 		if want := written.deadline(time.Duration(ttl)); r.deadline != want {
 			t.Fatalf("ttl %d: it ends at %d instead of %d", ttl, r.deadline, want)
 		}
 		if r.op != "op" || r.deleted || next.deleted {
 			t.Fatalf("%+v", r)
+		}
+		if n := (&nats.Msg{Header: hdr.Header}).Size(); hdr.size() < n {
+			t.Fatalf("a header of %d bytes is taken for one of %d", n, hdr.size())
 		}
 		switch {
 		case !deleted && age > 0 && (last.deadline == 0 || last.deadline > written) && r.created != last.created:
@@ -227,16 +226,16 @@ func FuzzEntry(f *testing.F) {
 		case (deleted || last.deadline.passed(written)) && (r.created < now || r.created > written):
 			t.Fatalf("created at %d, asked for at %d and written at %d", r.created, now, written)
 		}
-		if !next.unsure && timestamp(delay) < guessMargin && r.created != next.created {
+		if !next.uncertain && timestamp(delay) < guessMargin && r.created != next.created {
 			t.Fatalf("its writer is sure that it was created at %d, and everybody else reads %d", next.created, r.created)
 		}
-		if seconds := msg.Header.Get("Nats-TTL"); seconds != "" {
-			broom, err := strconv.ParseInt(seconds, 10, 64)
-			if err != nil || broom < 1 || broom < ttl/int64(time.Second) || broom > int64(maxBroom/time.Second) {
+		if seconds := hdr.Get("Nats-TTL"); seconds != "" {
+			server, err := strconv.ParseInt(seconds, 10, 64)
+			if err != nil || server < 1 || server < ttl/int64(time.Second) || server > int64(maxServerTTL/time.Second) {
 				t.Fatalf("ttl %d is %q to the server", ttl, seconds)
 			}
-			if time.Duration(broom)*time.Second < time.Duration(ttl) {
-				t.Fatalf("the server would remove after %d s what lives %v", broom, time.Duration(ttl))
+			if time.Duration(server)*time.Second < time.Duration(ttl) {
+				t.Fatalf("the server would remove after %d s what lives %v", server, time.Duration(ttl))
 			}
 		}
 	})
@@ -263,7 +262,7 @@ func FuzzParseDelivery(f *testing.F) {
 				t.Fatalf("%q is %+v", reply, d)
 			}
 		}
-		want := delivery{seq, count, timestamp(at)}
+		want := delivery{seq, count, timestamp(at), 5}
 		for _, form := range []string{"$JS.ACK.KV_b.c.1.%d.%d.%d.5", "$JS.ACK._.hash.KV_b.c.1.%d.%d.%d.5", "$JS.ACK.domain.hash.KV_b.c.1.%d.%d.%d.5.token"} {
 			text := fmt.Sprintf(form, seq, count, at)
 			if got, ok := parseDelivery(text); !ok || got != want {

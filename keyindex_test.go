@@ -11,10 +11,10 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// TestNamesAgainstModel compares the index with a look at all keys, while keys
+// TestKeyIndexAgainstModel compares the index with a look at all keys, while keys
 // come and go in numbers that split blocks, empty them, and have the index
 // dropped.
-func TestNamesAgainstModel(t *testing.T) {
+func TestKeyIndexAgainstModel(t *testing.T) {
 	for _, limit := range []int{3, 50, 3000} {
 		t.Run(fmt.Sprint(limit), func(t *testing.T) {
 			random := rand.New(rand.NewPCG(1, uint64(limit)))
@@ -27,7 +27,23 @@ func TestNamesAgainstModel(t *testing.T) {
 						want = append(want, key)
 					}
 				}
-				require.Equal(t, want, n.withPrefix(prefix, items))
+				if !n.made {
+					require.NoError(t, n.build(items, func(work func()) error {
+						if work != nil {
+							work()
+						}
+						return nil
+					}))
+				}
+				n.ask(len(items))
+				require.Equal(t, want, slices.AppendSeq([]string{}, n.from(prefix, "")))
+				require.LessOrEqual(t, len(want), n.count(prefix))
+				if len(want) > 1 {
+					first := want[random.IntN(len(want))]
+					at := slices.Index(want, first)
+					require.Equal(t, want[at:], slices.Collect(n.from(prefix, first)))
+					require.Equal(t, want[at+1:], slices.AppendSeq([]string{}, n.from(prefix, first+"\x00")))
+				}
 			}
 			for range 60 {
 				for range random.IntN(4 * limit) {

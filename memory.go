@@ -2,6 +2,8 @@ package state
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"slices"
 	"sync"
 	"time"
@@ -15,7 +17,10 @@ const (
 	headerRoom = 1 << 10
 )
 
-// MemoryStore implements StateStore using in-memory storage. It is useful for
+// errUnopened is what the methods of a zero store return.
+var errUnopened = errors.New("state: the store was not opened: it is a zero value, not one from NewMemoryStore or NewNATSStore")
+
+// MemoryStore implements [Store] using in-memory storage. It is useful for
 // testing and single-process scenarios.
 //
 // It keeps the same contract as [NATSStore], and has its default limit for
@@ -24,15 +29,37 @@ const (
 // and one timer if something expires; inside a testing/synctest bubble an
 // hour's TTL passes at once, and nothing is left running after Close.
 type MemoryStore struct {
-	epoch  time.Time
-	first  timestamp     // the epoch
-	quit   chan struct{} // closed by Close
+	client *memoryClient   // nil in a zero MemoryStore
+	ctx    context.Context // what the store is bound to, see WithContext
+}
+
+// A memoryClient is what can be closed by itself.
+type memoryClient struct {
+	data   *memoryData
+	quit   chan struct{} // closed when the client is
 	active sync.WaitGroup
 
+	// data.mu guards what follows.
+	closed  bool
+	follows map[*subscription]memoryFollow
+}
+
+// A memoryFollow is how to end the subscription of a Follow.
+type memoryFollow struct {
+	pattern pattern
+	stop    func() bool // as context.AfterFunc returns it
+}
+
+// A memoryData is what the clients of a store share.
+type memoryData struct {
+	epoch time.Time
+	first timestamp     // the epoch
+	root  *memoryClient // of the store that NewMemoryStore returned
+
 	mu       sync.RWMutex // guards what follows
-	closed   bool
+	clients  map[*memoryClient]struct{}
 	revision uint64
-	items    map[string]*item
+	items    map[string]*item // nil once root is closed
 	keys     keyIndex
 	expiries expiryQueue
 	timer    *time.Timer // fires at wake
@@ -43,17 +70,13 @@ type MemoryStore struct {
 	lockRevision uint64
 	locks        map[string]*memoryLock
 	lapses       expiryQueue
-	lockWaiters  map[string][]chan struct{}
+	waiters      map[string][]chan struct{} // of one slot: who waits for a lock
 }
 
-var (
-	_ StateStore     = (*MemoryStore)(nil)
-	_ Updater        = (*MemoryStore)(nil)
-	_ ContextWatcher = (*MemoryStore)(nil)
-)
+var _ Store = (*MemoryStore)(nil)
 
 // An item is a key's current entry. Its value, if small, is replaced in place as
-// long as no event shares it.
+// long as nothing else shares it.
 type item struct {
 	expiring
 	entry
@@ -78,6 +101,12 @@ func (it *item) set(value, made []byte) {
 	it.shared = false
 }
 
+// share returns the entry as an event.
+func (it *item) share() *KeyValue {
+	it.shared = true
+	return it.event(it.key, it.deadline)
+}
+
 // A memoryLock is a lock that is or was held.
 type memoryLock struct {
 	expiring
@@ -88,353 +117,726 @@ type memoryLock struct {
 // should be closed like any other.
 func NewMemoryStore() *MemoryStore {
 	epoch := time.Now()
-	return &MemoryStore{
-		epoch:       epoch,
-		first:       timestamp(epoch.UnixNano()),
-		quit:        make(chan struct{}),
-		items:       make(map[string]*item),
-		locks:       make(map[string]*memoryLock),
-		lockWaiters: make(map[string][]chan struct{}),
+	d := &memoryData{
+		epoch:   epoch,
+		first:   timestamp(epoch.UnixNano()),
+		clients: make(map[*memoryClient]struct{}),
+		items:   make(map[string]*item),
+		locks:   make(map[string]*memoryLock),
+		waiters: make(map[string][]chan struct{}),
 	}
+	d.root = d.newClient()
+	return &MemoryStore{d.root, context.Background()}
+}
+
+// newClient returns another client. The caller holds mu, or nobody else knows d.
+func (d *memoryData) newClient() *memoryClient {
+	c := &memoryClient{data: d, quit: make(chan struct{})}
+	d.clients[c] = struct{}{}
+	return c
+}
+
+// Client returns another client of the same data, which can be closed by itself:
+// its calls and watches end then, and its locks can still be unlocked, or lapse.
+// In a test it stands for what another agent opened. It is not bound to a
+// context. Closing the store that NewMemoryStore returned closes all clients; a
+// client of a closed store is closed.
+func (s *MemoryStore) Client() *MemoryStore {
+	if s == nil || s.client == nil {
+		return new(MemoryStore)
+	}
+	d := s.client.data
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c := d.newClient()
+	if d.root.closed || s.client.closed {
+		d.close(c)
+		delete(d.clients, c)
+	}
+	return &MemoryStore{c, context.Background()}
+}
+
+// WithContext implements [Store]. The result is a *MemoryStore.
+func (s *MemoryStore) WithContext(ctx context.Context) Store { return s.bind(ctx) }
+
+func (s *MemoryStore) bind(ctx context.Context) *MemoryStore {
+	if s == nil {
+		return new(MemoryStore)
+	}
+	return &MemoryStore{s.client, ctx}
+}
+
+// lock locks the data for a call, unless the call has to fail at once. The caller
+// unlocks it.
+func (s *MemoryStore) lock(op, key string) (*memoryData, error) {
+	if s == nil || s.client == nil {
+		return nil, errUnopened
+	}
+	ended := s.ctx.Err() // before the mutex is held, as it is not our code
+	d := s.client.data
+	d.mu.Lock()
+	if err := s.admit(op, key, ended); err != nil {
+		d.mu.Unlock()
+		return nil, err
+	}
+	return d, nil
+}
+
+// admit returns why a call has to fail at once, if it has to; ended is the error
+// of its context. The caller holds mu.
+func (s *MemoryStore) admit(op, key string, ended error) error {
+	if s.client.closed {
+		return ErrClosed
+	}
+	if ended != nil {
+		return contextError(op, key, ended)
+	}
+	return nil
+}
+
+func contextError(op, key string, err error) error {
+	return fmt.Errorf("state: %s %q: %w", op, key, err)
 }
 
 // now returns the time by the store's clock, which never goes back.
-func (s *MemoryStore) now() timestamp {
-	return s.first + timestamp(time.Since(s.epoch))
+func (d *memoryData) now() timestamp {
+	return d.first + timestamp(time.Since(d.epoch))
 }
 
-// get returns the entry of a key that exists, with a value of the caller's own.
-func (s *MemoryStore) get(key string) (*KeyValue, error) {
-	s.mu.RLock()
-	it := s.items[key]
-	if it == nil {
-		closed := s.closed
-		s.mu.RUnlock()
-		if closed {
-			return nil, ErrClosed
+// Get implements [StateStore].
+func (s *MemoryStore) Get(key string) ([]byte, error) {
+	e, _, err := s.read(key)
+	return e.value, err
+}
+
+// GetKeyValue implements [StateStore].
+func (s *MemoryStore) GetKeyValue(key string) (*KeyValue, error) {
+	e, deadline, err := s.read(key)
+	if err != nil {
+		return nil, err
+	}
+	return e.event(key, deadline), nil
+}
+
+// read returns the entry of a key that exists, with a value of the caller's own,
+// and its deadline.
+func (s *MemoryStore) read(key string) (entry, timestamp, error) {
+	if s == nil || s.client == nil {
+		return entry{}, 0, errUnopened
+	}
+	ended := s.ctx.Err()
+	d := s.client.data
+	d.mu.RLock()
+	if s.client.closed {
+		d.mu.RUnlock()
+		return entry{}, 0, ErrClosed
+	}
+	it := d.items[key]
+	// The clock is read while the lock is held. Read later it could be past a
+	// deadline that a Put has moved meanwhile.
+	if ended != nil || it == nil || it.deadline != 0 && it.deadline.passed(d.now()) {
+		d.mu.RUnlock()
+		if ended != nil {
+			return entry{}, 0, contextError("get", key, ended)
 		}
 		if err := ValidateKey(key); err != nil {
-			return nil, err
+			return entry{}, 0, err
 		}
-		return nil, ErrNotFound
+		return entry{}, 0, ErrNotFound
 	}
 	e, deadline := it.entry, it.deadline
 	small := len(e.value) <= smallValue
 	if small {
 		e.value = cloneBytes(e.value)
 	}
-	s.mu.RUnlock()
-	if deadline != 0 && deadline.passed(s.now()) {
-		return nil, ErrNotFound // the timer is about to tell
-	}
+	d.mu.RUnlock()
 	if !small {
 		e.value = cloneBytes(e.value) // large ones are never changed
 	}
-	return e.event(key, deadline), nil
-}
-
-// Get implements [StateStore].
-func (s *MemoryStore) Get(key string) ([]byte, error) {
-	e, err := s.get(key)
-	if err != nil {
-		return nil, err
-	}
-	return e.Value, nil
-}
-
-// GetKeyValue implements [StateStore].
-func (s *MemoryStore) GetKeyValue(key string) (*KeyValue, error) {
-	return s.get(key)
+	return e, deadline, nil
 }
 
 // Put implements [StateStore].
 func (s *MemoryStore) Put(key string, value []byte, ttl time.Duration) error {
-	_, err := s.put(key, value, ttl, nil)
+	_, err := s.put("put", key, value, ttl, nil)
 	return err
 }
 
-// Update implements [Updater].
+// Update implements [Store]. It never writes over a value that has expired.
 func (s *MemoryStore) Update(key string, value []byte, ttl time.Duration, revision uint64) (uint64, error) {
-	return s.put(key, value, ttl, &revision)
+	return s.put("update", key, value, ttl, &revision)
 }
 
 // put writes an entry, if expected is not nil only on top of that revision.
-func (s *MemoryStore) put(key string, value []byte, ttl time.Duration, expected *uint64) (uint64, error) {
+func (s *MemoryStore) put(op, key string, value []byte, ttl time.Duration, expected *uint64) (uint64, error) {
 	const limit = defaultMaxValue - headerRoom
 	var made []byte
 	if len(value) > smallValue && len(value) <= limit {
 		made = cloneBytes(value)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return 0, ErrClosed
+	d, err := s.lock(op, key)
+	if err != nil {
+		return 0, err
 	}
+	defer d.mu.Unlock()
 	if err := validatePut(key, value, ttl, limit); err != nil {
 		return 0, err
 	}
-	now := s.sweep()
-	it := s.items[key]
-	if expected != nil {
-		var current uint64
-		if it != nil {
-			current = it.revision
-		}
-		if current != *expected {
-			return 0, ErrConflict
-		}
+	now := d.sweep()
+	it := d.items[key]
+	if expected != nil && it.current() != *expected {
+		return 0, ErrConflict
 	}
 	if it == nil {
 		it = &item{expiring: expiring{key: key}, entry: entry{created: now}}
-		s.items[key] = it
-		s.keys.add(key)
+		d.items[key] = it
+		d.keys.add(key)
 	}
-	s.revision++
+	d.revision++
 	it.set(value, made)
-	it.revision, it.modified = s.revision, now
+	it.revision, it.modified = d.revision, now
 	if deadline := now.deadline(ttl); deadline != it.deadline {
-		s.expiries.set(&it.expiring, deadline)
-		s.schedule(now)
+		d.expiries.set(&it.expiring, deadline)
+		d.schedule(now)
 	}
-	if it.quiet != s.watches.added && !s.watches.publish(key, it.share) {
-		it.quiet = s.watches.added
+	if it.quiet != d.watches.added && !d.watches.publish(key, it.share) {
+		it.quiet = d.watches.added
 	}
-	return s.revision, nil
+	return d.revision, nil
 }
 
-// share returns the entry as an event.
-func (it *item) share() *KeyValue {
-	it.shared = true
-	return it.event(it.key, it.deadline)
+// current returns the revision of a key's item; 0 if there is none.
+func (it *item) current() uint64 {
+	if it == nil {
+		return 0
+	}
+	return it.revision
 }
 
 // Delete implements [StateStore].
 func (s *MemoryStore) Delete(key string) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return ErrClosed
+	return s.delete("delete", key, nil)
+}
+
+// DeleteRevision implements [Store].
+func (s *MemoryStore) DeleteRevision(key string, revision uint64) error {
+	return s.delete("delete", key, &revision)
+}
+
+// delete removes a key, if expected is not nil only that revision of it.
+func (s *MemoryStore) delete(op, key string, expected *uint64) error {
+	d, err := s.lock(op, key)
+	if err != nil {
+		return err
 	}
+	defer d.mu.Unlock()
 	if err := ValidateKey(key); err != nil {
 		return err
 	}
-	now := s.sweep()
-	it := s.items[key]
+	now := d.sweep()
+	it := d.items[key]
+	if expected != nil && (it == nil || it.revision != *expected) {
+		return ErrConflict
+	}
 	if it == nil {
 		return nil
 	}
-	s.revision++
-	s.remove(it, s.revision, now)
-	s.expiries.drop(&it.expiring)
-	s.schedule(now)
+	d.revision++
+	d.remove(it, d.revision, now)
+	d.expiries.drop(&it.expiring)
+	d.schedule(now)
 	return nil
 }
 
-// remove makes a key disappear, and tells. The caller holds mu.
-func (s *MemoryStore) remove(it *item, revision uint64, at timestamp) {
-	delete(s.items, it.key)
-	s.keys.remove(it.key)
-	s.watches.publish(it.key, func() *KeyValue { return deletion(it.key, revision, at) })
+// remove makes a key disappear, and publishes that. The caller holds mu.
+func (d *memoryData) remove(it *item, revision uint64, at timestamp) {
+	delete(d.items, it.key)
+	d.keys.remove(it.key)
+	d.watches.publish(it.key, func() *KeyValue { return deletion(it.key, revision, at) })
 }
 
 // sweep removes what has expired, so that what follows finds the store as its
 // clock says it is. The caller holds mu.
-func (s *MemoryStore) sweep() (now timestamp) {
-	now = s.now()
-	for t := s.expiries.due(now); t != nil; t = s.expiries.due(now) {
-		it := s.items[t.key]
-		s.remove(it, it.revision, it.deadline)
+func (d *memoryData) sweep() (now timestamp) {
+	now = d.now()
+	for t := d.expiries.due(now); t != nil; t = d.expiries.due(now) {
+		it := d.items[t.key]
+		d.remove(it, it.revision, it.deadline)
 	}
 	return now
 }
 
 // schedule has the timer fire for the next expiry. The caller holds mu.
-func (s *MemoryStore) schedule(now timestamp) {
-	next := s.expiries.next()
-	if next == s.wake {
+func (d *memoryData) schedule(now timestamp) {
+	next := d.expiries.next()
+	if next == d.wake {
 		return
 	}
-	s.wake = next
+	d.wake = next
 	switch {
 	case next == 0:
-		s.timer.Stop()
-	case s.timer == nil:
-		s.timer = time.AfterFunc(time.Duration(next-now), s.expire)
+		d.timer.Stop()
+	case d.timer == nil:
+		d.timer = time.AfterFunc(time.Duration(next-now), d.expire)
 	default:
-		s.timer.Reset(time.Duration(next - now))
+		d.timer.Reset(time.Duration(next - now))
 	}
 }
 
 // expire is what the timer calls, when it was set and sometimes when it was set
 // before that.
-func (s *MemoryStore) expire() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
+func (d *memoryData) expire() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.root.closed {
 		return
 	}
-	now := s.sweep()
-	s.wake = 0 // it has fired
-	s.schedule(now)
+	now := d.sweep()
+	d.wake = 0 // it has fired
+	d.schedule(now)
 }
 
-// Keys implements [StateStore].
-func (s *MemoryStore) Keys(pattern string) ([]string, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return nil, ErrClosed
-	}
-	p, err := parsePattern(pattern)
-	if err != nil {
-		return nil, err
-	}
-	s.sweep()
-	if !p.wild {
-		if s.items[pattern] == nil {
-			return []string{}, nil
+// lockIndexed locks the data for a call that needs the index of keys, and has the
+// index built if there is none. The caller unlocks it.
+func (s *MemoryStore) lockIndexed(op, pattern string) (*memoryData, error) {
+	for {
+		d, err := s.lock(op, pattern)
+		if err != nil {
+			return nil, err
 		}
-		return []string{pattern}, nil
+		if building := d.keys.building; building != nil {
+			d.mu.Unlock()
+			select {
+			case <-building:
+			case <-s.ctx.Done():
+			case <-s.client.quit:
+			}
+			continue
+		}
+		if !d.keys.made {
+			err = d.keys.build(d.items, func(work func()) error {
+				d.mu.Unlock()
+				if work != nil {
+					work()
+				}
+				ended := s.ctx.Err()
+				d.mu.Lock()
+				return s.admit(op, pattern, ended)
+			})
+		}
+		if err != nil {
+			d.mu.Unlock()
+			return nil, err
+		}
+		d.keys.ask(len(d.items))
+		d.sweep()
+		return d, nil
 	}
-	return s.keys.withPrefix(p.prefix, s.items), nil
 }
 
-// Watch implements [StateStore]. It ends with the store and for no other
-// reason.
-func (s *MemoryStore) Watch(pattern string) (<-chan *KeyValue, error) {
-	return s.WatchContext(context.Background(), pattern)
-}
-
-// WatchContext implements [ContextWatcher].
-func (s *MemoryStore) WatchContext(ctx context.Context, pattern string) (<-chan *KeyValue, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return nil, ErrClosed
-	}
-	p, err := parsePattern(pattern)
+// Keys implements [StateStore]. What is true of a page of the answer is true of
+// one moment; writers have their turn between two pages.
+func (s *MemoryStore) Keys(pattern string) ([]string, error) {
+	p, err := s.parse("keys", pattern)
 	if err != nil {
 		return nil, err
 	}
-	if err := ctx.Err(); err != nil {
+	found := []string{}
+	if !p.wild {
+		d, err := s.lock("keys", pattern)
+		if err != nil {
+			return nil, err
+		}
+		defer d.mu.Unlock()
+		if d.sweep(); d.items[pattern] != nil {
+			found = append(found, pattern)
+		}
+		return found, nil
+	}
+	for first, more := "", true; more; {
+		d, err := s.lockIndexed("keys", pattern)
+		if err != nil {
+			return nil, err
+		}
+		more = false
+		page := len(found) + indexStep
+		for key := range d.keys.from(p.prefix, first) {
+			if more = len(found) == page; more {
+				break
+			}
+			found = append(found, key)
+		}
+		d.mu.Unlock()
+		if more {
+			first = found[len(found)-1] + "\x00" // the next possible key
+			found = slices.Grow(found, indexStep)
+		}
+	}
+	return found, nil
+}
+
+// parse parses a pattern for a call, unless the call has to fail anyhow.
+func (s *MemoryStore) parse(op, text string) (pattern, error) {
+	d, err := s.lock(op, text)
+	if err != nil {
+		return pattern{}, err
+	}
+	d.mu.Unlock()
+	return parsePattern(text)
+}
+
+// Entries implements [Store]. It is a snapshot: all entries are as they were at
+// one point in time. Values are copied after that, when writers go on.
+func (s *MemoryStore) Entries(pattern string) ([]*KeyValue, error) {
+	p, err := s.parse("entries", pattern)
+	if err != nil {
 		return nil, err
 	}
-	s.sweep() // what expired before is not told
-	box := newSubscription()
+	d, err := s.lockFor("entries", p)
+	if err != nil {
+		return nil, err
+	}
+	all := d.collect(p)
+	d.mu.Unlock()
+	return copies(all), nil
+}
+
+// lockFor locks the data for a call that needs all entries of a pattern. The
+// caller unlocks it.
+func (s *MemoryStore) lockFor(op string, p pattern) (*memoryData, error) {
+	if p.wild {
+		return s.lockIndexed(op, p.prefix+"*")
+	}
+	d, err := s.lock(op, p.prefix)
+	if err == nil {
+		d.sweep()
+	}
+	return d, err
+}
+
+// A collected is an item as it was when it was collected. It shares the value.
+type collected struct {
+	entry
+	key      string
+	deadline timestamp
+}
+
+// collect returns what matches a pattern, sorted by key. The caller holds mu.
+func (d *memoryData) collect(p pattern) []collected {
+	var all []collected
+	add := func(key string) {
+		it := d.items[key]
+		it.shared = true
+		all = append(all, collected{it.entry, key, it.deadline})
+	}
+	if !p.wild {
+		if d.items[p.prefix] != nil {
+			add(p.prefix)
+		}
+		return all
+	}
+	all = make([]collected, 0, d.keys.count(p.prefix))
+	for key := range d.keys.from(p.prefix, "") {
+		add(key)
+	}
+	return all
+}
+
+// copies returns the entries that were collected, with values of their own.
+func copies(all []collected) []*KeyValue {
+	entries := make([]*KeyValue, len(all))
+	for i := range all {
+		e := &all[i]
+		entries[i] = e.event(e.key, e.deadline)
+		entries[i].Value = cloneBytes(e.value)
+	}
+	return entries
+}
+
+// Watch implements [StateStore]. It ends with the store and with the context that
+// the store is bound to, and for no other reason.
+func (s *MemoryStore) Watch(pattern string) (<-chan *KeyValue, error) {
+	p, err := s.parse("watch", pattern)
+	if err != nil {
+		return nil, err
+	}
+	d, err := s.lock("watch", pattern)
+	if err != nil {
+		return nil, err
+	}
+	defer d.mu.Unlock()
+	d.sweep() // what expired before is not reported
+	sub := newSubscription()
 	reader := make(chan *KeyValue)
-	s.watches.add(p, box)
-	s.active.Go(func() {
-		box.deliver(reader, ctx.Done(), s.quit)
-		s.mu.Lock()
-		s.watches.remove(p, box)
-		s.mu.Unlock()
+	d.watches.add(p, sub)
+	s.client.active.Go(func() {
+		sub.deliver(reader, s.ctx.Done(), s.client.quit)
+		d.mu.Lock()
+		d.watches.remove(p, sub)
+		d.mu.Unlock()
 	})
 	return reader, nil
 }
 
+// follow is Watch and then Entries in one pass. The subscription ends with ctx
+// and with the store; its reader is the caller. ask requests a progress mark
+// soon.
+func (s *MemoryStore) follow(ctx context.Context, p pattern) (sub *subscription, current []*KeyValue, ask func(), err error) {
+	s = s.bind(ctx)
+	d, err := s.lockFor("follow", p)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	all := d.collect(p)
+	sub = newSubscription()
+	d.watches.add(p, sub)
+	c := s.client
+	c.active.Add(1)
+	if c.follows == nil {
+		c.follows = make(map[*subscription]memoryFollow)
+	}
+	c.follows[sub] = memoryFollow{p, context.AfterFunc(ctx, func() {
+		defer c.active.Done()
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.endFollow(c, sub)
+	})}
+	d.mu.Unlock()
+	ask = func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.sweep() // what has expired by now is part of the progress
+		sub.advance(progress{revision: d.revision, asOf: time.Now()})
+	}
+	return sub, copies(all), ask, nil
+}
+
+// endFollow ends a subscription of a client's follow, once. The caller holds mu.
+func (d *memoryData) endFollow(c *memoryClient, sub *subscription) {
+	f, ok := c.follows[sub]
+	if !ok {
+		return
+	}
+	delete(c.follows, sub)
+	d.watches.remove(f.pattern, sub)
+	sub.end()
+	if f.stop() {
+		c.active.Done()
+	}
+}
+
 // Lock implements [StateStore]. The lock is a [Fenced].
 func (s *MemoryStore) Lock(key string, ttl time.Duration) (Lock, error) {
-	l, err := s.grant(key, ttl)
+	l, _, err := s.grant(key, ttl, nil)
 	if err != nil {
 		return nil, err
 	}
 	return l.handOver()
 }
 
-func (s *MemoryStore) grant(key string, ttl time.Duration) (*lease, error) {
+// grant acquires a lock that is free. If it is held, grant returns ErrLockHeld
+// and the deadline of the lease, and queues wake, if it is not nil, to be filled
+// when the lock is released.
+func (s *MemoryStore) grant(key string, ttl time.Duration, wake chan struct{}) (*lease, timestamp, error) {
 	asked := time.Now()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return nil, ErrClosed
+	d, err := s.lock("lock", key)
+	if err != nil {
+		return nil, 0, err
 	}
+	defer d.mu.Unlock()
 	if err := validateLock(key, ttl); err != nil {
+		return nil, 0, err
+	}
+	now := d.now()
+	for t := d.lapses.due(now); t != nil; t = d.lapses.due(now) {
+		delete(d.locks, t.key)
+	}
+	if held := d.locks[key]; held != nil {
+		if wake != nil {
+			d.waiters[key] = append(d.waiters[key], wake)
+		}
+		return nil, held.deadline, ErrLockHeld
+	}
+	d.lockRevision++
+	held := &memoryLock{expiring: expiring{key: key}, token: d.lockRevision}
+	d.locks[key] = held
+	d.lapses.set(&held.expiring, now.deadline(ttl))
+	return newLease(s.ctx, s, key, ttl, asked, held.token), 0, nil
+}
+
+// awaitLock implements [lockWaiter]. A release wakes one waiter, the one that has
+// waited longest; the end of the lease wakes all.
+func (s *MemoryStore) awaitLock(ctx context.Context, key string, ttl time.Duration) (Lock, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, contextError("lock", key, err)
+	}
+	s = s.bind(context.Background())
+	wake := make(chan struct{}, 1)
+	for {
+		l, deadline, err := s.grant(key, ttl, wake)
+		if err == nil {
+			return l.handOver()
+		}
+		if err != ErrLockHeld {
+			return nil, err
+		}
+		d := s.client.data
+		var lapse <-chan time.Time
+		if deadline != 0 {
+			lapse = time.After(time.Duration(deadline - d.now()))
+		}
+		select {
+		case <-wake:
+			continue
+		case <-lapse:
+			d.leave(key, wake)
+			continue
+		case <-ctx.Done():
+			err = ErrLockHeld
+		case <-s.client.quit:
+			err = ErrClosed
+		}
+		if woken := d.leave(key, wake); woken {
+			d.mu.Lock()
+			d.wakeNext(key) // in place of this one
+			d.mu.Unlock()
+		}
 		return nil, err
 	}
-	now := s.now()
-	for t := s.lapses.due(now); t != nil; t = s.lapses.due(now) {
-		delete(s.locks, t.key)
+}
+
+// leave ends the wait of a waiter. It reports whether it was woken before.
+func (d *memoryData) leave(key string, wake chan struct{}) (woken bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.dropWaiter(key, wake)
+	select {
+	case <-wake:
+		return true
+	default:
+		return false
 	}
-	if s.locks[key] != nil {
-		return nil, ErrLockHeld
+}
+
+// wakeNext wakes a waiter, if there is one. The caller holds mu.
+func (d *memoryData) wakeNext(key string) {
+	if waiting := d.waiters[key]; len(waiting) > 0 {
+		next := waiting[0]
+		d.dropWaiter(key, next)
+		next <- struct{}{} // it has room: who is queued has not been woken
 	}
-	s.lockRevision++
-	held := &memoryLock{expiring: expiring{key: key}, token: s.lockRevision}
-	s.locks[key] = held
-	s.lapses.set(&held.expiring, now.deadline(ttl))
-	return newLease(s, key, ttl, asked, held.token), nil
+}
+
+// dropWaiter takes a waiter out of the queue, if it is there. The caller holds
+// mu.
+func (d *memoryData) dropWaiter(key string, wake chan struct{}) {
+	rest := slices.DeleteFunc(d.waiters[key], func(c chan struct{}) bool { return c == wake })
+	if len(rest) > 0 {
+		d.waiters[key] = rest
+	} else {
+		delete(d.waiters, key)
+	}
 }
 
 // heldBy returns the lock that the lease is for, unless it has lapsed. The
 // caller holds mu.
-func (s *MemoryStore) heldBy(l *lease, now timestamp) *memoryLock {
-	held := s.locks[l.key]
-	if held == nil || held.token != l.token || held.deadline.passed(now) {
+func (d *memoryData) heldBy(l *lease) *memoryLock {
+	held := d.locks[l.key]
+	if held == nil || held.token != l.token || held.deadline.passed(d.now()) {
 		return nil
 	}
 	return held
 }
 
-func (s *MemoryStore) extend(l *lease) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	now := s.now()
-	held := s.heldBy(l, now)
+// extend implements [lessor].
+func (s *MemoryStore) extend(ctx context.Context, l *lease) error {
+	ended := ctx.Err()
+	d := s.client.data
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	held := d.heldBy(l)
 	if held == nil {
 		return ErrLockExpired
 	}
-	if s.closed {
-		return ErrClosed
+	if err := s.admit("refresh", l.key, ended); err != nil {
+		return err
 	}
-	s.lapses.set(&held.expiring, now.deadline(l.ttl))
+	d.lapses.set(&held.expiring, d.now().deadline(l.ttl))
 	return nil
 }
 
-func (s *MemoryStore) release(l *lease) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	held := s.heldBy(l, s.now())
+// release implements [lessor]. It works whatever has ended.
+func (s *MemoryStore) release(_ context.Context, l *lease) error {
+	d := s.client.data
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	held := d.heldBy(l)
 	if held == nil {
 		return ErrLockNotHeld
 	}
-	s.lapses.drop(&held.expiring)
-	delete(s.locks, l.key)
-	for _, ch := range s.lockWaiters[l.key] {
-		select {
-		case ch <- struct{}{}:
-		default:
-		}
-	}
+	d.lapses.drop(&held.expiring)
+	delete(d.locks, l.key)
+	d.wakeNext(l.key)
 	return nil
 }
 
-func (s *MemoryStore) onRelease(key string) (<-chan struct{}, func()) {
-	ch := make(chan struct{}, 1)
-	s.mu.Lock()
-	s.lockWaiters[key] = append(s.lockWaiters[key], ch)
-	s.mu.Unlock()
-	return ch, func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		rest := slices.DeleteFunc(s.lockWaiters[key], func(c chan struct{}) bool { return c == ch })
-		if s.lockWaiters[key] = rest; len(rest) == 0 {
-			delete(s.lockWaiters, key)
-		}
+// LockHolder implements [Store]. All locks have this process for an owner.
+func (s *MemoryStore) LockHolder(key string) (*LockInfo, error) {
+	d, err := s.lock("lock holder", key)
+	if err != nil {
+		return nil, err
 	}
+	defer d.mu.Unlock()
+	if err := ValidateKey(key); err != nil {
+		return nil, err
+	}
+	held := d.locks[key]
+	if held == nil || held.deadline.passed(d.now()) {
+		return nil, ErrNotFound
+	}
+	return &LockInfo{Key: key, Owner: processName(), Token: held.token, Expires: held.deadline.time()}, nil
 }
 
-// Close implements [StateStore]. The entries are gone with it.
+// Close implements [StateStore]. If it is the store that NewMemoryStore returned,
+// the entries are gone with it.
 func (s *MemoryStore) Close() error {
-	s.mu.Lock()
-	if !s.closed {
-		s.closed = true
-		close(s.quit)
-		if s.timer != nil {
-			s.timer.Stop()
-		}
-		s.items, s.keys, s.expiries = nil, keyIndex{}, nil
+	if s == nil || s.client == nil {
+		return errUnopened
 	}
-	s.mu.Unlock()
-	s.active.Wait()
+	d := s.client.data
+	ending := []*memoryClient{s.client}
+	d.mu.Lock()
+	if s.client == d.root {
+		for c := range d.clients {
+			d.close(c)
+			ending = append(ending, c)
+		}
+		if d.timer != nil {
+			d.timer.Stop()
+		}
+		d.items, d.keys, d.expiries = nil, keyIndex{}, nil
+	} else {
+		d.close(s.client)
+	}
+	d.mu.Unlock()
+	for _, c := range ending {
+		c.active.Wait()
+	}
+	d.mu.Lock()
+	delete(d.clients, s.client)
+	d.mu.Unlock()
 	return nil
+}
+
+// close closes a client, once. The caller holds mu, and waits for active after
+// that.
+func (d *memoryData) close(c *memoryClient) {
+	if c.closed {
+		return
+	}
+	c.closed = true
+	close(c.quit)
+	for sub := range c.follows {
+		d.endFollow(c, sub)
+	}
 }

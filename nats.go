@@ -4,11 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
-	"sync/atomic"
+	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 // NATSStoreConfig holds NATS KV store configuration.
@@ -18,23 +19,38 @@ type NATSStoreConfig struct {
 	Conn *nats.Conn
 	// Bucket is the KV bucket name: letters, digits, "-" and "_". The bucket is
 	// created if it does not exist. Locks are kept in a second one, with
-	// "-locks" after the name, from the first Lock on.
+	// "-locks" after the name, from the first Lock on; so a name must not end
+	// with that.
 	Bucket string
 	// TTL is the default TTL for entries (0 = no default): what a Put with a
 	// TTL of 0 gets.
 	TTL time.Duration
 	// History is the number of revisions to keep per key, at most 64. Default: 1
-	// for a new bucket; what an existing one has is changed only if this is set.
-	// The history of a key begins anew when it is deleted or written with a TTL:
-	// nothing older may come back when that goes.
+	// for a new bucket. That of an existing one is raised to it, and never
+	// lowered. The history of a key begins anew when it is deleted or written
+	// with a TTL: nothing older may come back when that goes.
 	History int
 	// MaxValueSize is the maximum value size in bytes. Default: 1MB for a new
-	// bucket; what an existing one has is changed only if this is set. The
-	// server's max_payload less 1 KiB for headers is a limit, too.
+	// bucket. That of an existing one is raised to it, and never lowered; this
+	// store keeps to MaxValueSize all the same. The server's max_payload less
+	// 1 KiB for headers is a limit, too.
 	MaxValueSize int32
 	// Replicas is how many servers keep a copy of a new bucket. Default: 1. An
 	// existing bucket is left as it is.
 	Replicas int
+	// Domain is the JetStream domain of the bucket, as behind a leaf node.
+	Domain string
+	// APIPrefix is what an account's import puts in place of "$JS.API", if the
+	// bucket is another account's. At most one of Domain and APIPrefix is set.
+	APIPrefix string
+	// Logger receives what an operator wants to know: a watch that was cut off
+	// and is back, or ends; a lease that was lost; a write of unknown outcome; a
+	// leader that was doubted; settings that changed; a request that takes
+	// longer than a second. Nothing per request is logged. Default: silent.
+	Logger *slog.Logger
+	// Owner is what LockHolder and the records of locks name as the holder.
+	// Default: host name and process ID, as in "host:123".
+	Owner string
 }
 
 // DefaultNATSStoreConfig returns configuration with sensible defaults (Bucket
@@ -48,7 +64,7 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 	}
 }
 
-// NATSStore implements StateStore using NATS JetStream KV.
+// NATSStore implements StateStore, and Store, using NATS JetStream KV.
 //
 // The bucket is a plain KV bucket: what the store writes, every other KV client
 // reads, and the other way round. An existing bucket is bound as its operator
@@ -60,93 +76,100 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 //     their own.
 //   - A bucket with delete markers (SubjectDeleteMarkerTTL, which nats.go calls
 //     LimitMarkerTTL) keeps them, since other clients may rely on them. On a
-//     replicated bucket the server can then lose a write that is under way at
-//     the timestamp when it removes the key's old value. The store keeps out of
-//     the way: it has the server remove its values ten minutes after they have
-//     expired, and a write that would be under way at such a timestamp waits for
-//     the server, for two seconds at most.
+//     replicated bucket the server can then lose a write that is under way when
+//     it removes the key's old value. The store keeps out of the way: it has the
+//     server remove its values ten minutes after they have expired, and a write
+//     that would be under way at such a time waits for the server, for two
+//     seconds at most.
+//
+// The settings may change while the store is open; it notices within seconds.
+// For up to two seconds after a bucket of one replica was given more of them,
+// a Get may miss what others have just written. If the bucket is deleted, every
+// method returns an error that errors.Is reports as [jetstream.ErrBucketNotFound],
+// and works again when the bucket is back.
 //
 // On several replicas every read is answered by the stream's leader. A leader
 // that a network partition has cut off from the others goes on answering as one
-// until it notices, which takes up to 20 seconds; to who is on its side of the
+// until it notices, which takes up to 20 seconds; for clients on its side of the
 // partition, writes made on the other side are invisible for that long. What
-// must not be wrong is decided by a Lock or an Update, which are always agreed
-// on by a majority.
+// must not be wrong is decided by a Lock or an Update, which a majority always
+// agrees on.
 //
 // An acknowledgement means that a majority of the replicas has the change. When
 // they write it to the disk for good is the servers' sync_interval.
 //
 // A watch ends, by closing its channel, when the store is closed, when the
-// connection is closed for good, when the bucket is gone or was made anew, and
-// when the watch was cut off for longer than a deletion stays on the server, an
-// hour. It outlives anything shorter, and then tells what it missed: the last
-// state of every key that changed. Of a key that changed several times meanwhile
-// as many revisions as the bucket's History are told, and a key that came and
-// went may not be told at all.
+// connection is closed for good, when the bucket is gone or was made anew, when
+// the server refuses to let it continue, and when it was cut off for longer than
+// a deletion stays on the server, an hour. It survives anything shorter, and then
+// delivers the last state of every key that changed; a key that came and went
+// meanwhile may not be mentioned. Keys that an operator purges are reported as
+// deleted: within seconds if the whole stream is purged, later if a single key
+// is.
 //
-// A bucket keeps no state that was replaced, and the server delivers a write
-// some time after it has accepted it. So that a watch can tell also what was
-// replaced by then, it listens to the writes themselves, on the bucket's
-// subjects. When such a state was written it knows only roughly: its Modified
-// lies between those of the states before and after it. Where the connection
-// may not subscribe to these subjects, or the writer is another KV client, a
-// state that was replaced within a few milliseconds may not be told.
-//
-// A watch keeps the names and revisions of the matching keys in memory.
+// All watches of one pattern in a store share one consumer on the server. It
+// keeps the names and revisions of the matching keys in memory.
 //
 // Right after a server was killed, not stopped, a bucket of one replica may
 // have lost the deletions that other clients made with short-lived markers. The
-// store's own outlive that.
+// store's own survive that.
 type NATSStore struct {
-	nc       *nats.Conn
+	*natsCore
+	ctx context.Context // of WithContext; nil for none
+}
+
+// A natsCore is what a store and those that WithContext returns share.
+type natsCore struct {
+	cfg      *NATSStoreConfig
 	data     *bucket
 	ttl      time.Duration
 	maxValue int
+	owner    string
+	maxCut   time.Duration // for how long a watch may be cut off
+	deaf     bool          // what this process publishes, or all others, is not heard
 
-	maxCut time.Duration // for how long a watch may be cut off
-
-	life    context.Context // until Close
-	end     context.CancelFunc
-	active  sync.WaitGroup
-	watches atomic.Int64 // how many are running
-	locks   lockBucket
-
-	mu     sync.Mutex // guards closed: nothing is added to active afterwards
-	closed bool
+	locks lockBucket
+	waits lockWaits
+	feeds feeds
 }
 
-var (
-	_ StateStore     = (*NATSStore)(nil)
-	_ Updater        = (*NATSStore)(nil)
-	_ ContextWatcher = (*NATSStore)(nil)
-)
+var _ Store = (*NATSStore)(nil)
 
 // NewNATSStore binds to a bucket, which it creates if there is none. It fails
 // within seconds, and says in words what is wrong: the configuration, the
 // connection, JetStream is not enabled, the server is older than 2.11 and has
-// no message TTLs, or a permission is missing.
+// no message TTLs, or a permission is missing. It costs one request for a
+// bucket that exists.
 func NewNATSStore(cfg NATSStoreConfig) (*NATSStore, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("state: %w", err)
 	}
-	data := newBucket(newLink(cfg.Conn), cfg.Bucket)
-	if err := data.open(newCall(context.Background()), cfg.want()); err != nil {
+	r, err := newRequester(&cfg)
+	if err != nil {
+		return nil, fmt.Errorf("state: %w", err)
+	}
+	data := newBucket(r, cfg.Bucket, cfg.want())
+	if err := data.open(newBudget(context.Background())); err != nil {
+		r.stop()
 		return nil, fmt.Errorf("state: bucket %q: %w", cfg.Bucket, err)
 	}
-	s := &NATSStore{
-		nc:       cfg.Conn,
+	s := &natsCore{
+		cfg:      &cfg,
 		data:     data,
 		ttl:      cfg.TTL,
 		maxValue: data.maxValue(),
-		maxCut:   markerLife - time.Minute,
+		owner:    cfg.Owner,
+		maxCut:   tombstoneTTL - time.Minute,
+		deaf:     cfg.Conn.Opts.NoEcho || cfg.APIPrefix != "",
+		feeds:    feeds{by: make(map[pattern]*feed)},
 	}
-	s.life, s.end = context.WithCancel(context.Background())
 	if cfg.MaxValueSize > 0 {
 		s.maxValue = min(s.maxValue, int(cfg.MaxValueSize))
 	}
-	status := s.nc.StatusChanged(nats.CONNECTED, nats.CLOSED)
-	s.active.Go(func() { data.follow(status, s.life.Done()) })
-	return s, nil
+	if s.owner == "" {
+		s.owner = processName()
+	}
+	return &NATSStore{natsCore: s}, nil
 }
 
 func (cfg *NATSStoreConfig) validate() error {
@@ -157,6 +180,8 @@ func (cfg *NATSStoreConfig) validate() error {
 		return fmt.Errorf("NATSStoreConfig.Conn: %w", nats.ErrConnectionClosed)
 	case !validBucket(cfg.Bucket):
 		return fmt.Errorf("bucket name %q: must be letters, digits, - and _, and not empty", cfg.Bucket)
+	case strings.HasSuffix(cfg.Bucket, locksSuffix):
+		return fmt.Errorf("bucket name %q: a bucket whose name ends with %q holds the locks of another one", cfg.Bucket, locksSuffix)
 	case cfg.TTL < 0:
 		return fmt.Errorf("NATSStoreConfig.TTL is %v: must not be negative", cfg.TTL)
 	case cfg.History < 0 || cfg.History > 64:
@@ -165,6 +190,10 @@ func (cfg *NATSStoreConfig) validate() error {
 		return fmt.Errorf("NATSStoreConfig.MaxValueSize is %d: must not be negative", cfg.MaxValueSize)
 	case cfg.Replicas < 0 || cfg.Replicas > 5:
 		return fmt.Errorf("NATSStoreConfig.Replicas is %d: must be 1 to 5, or 0 for the default", cfg.Replicas)
+	case cfg.Domain != "" && cfg.APIPrefix != "":
+		return errors.New("NATSStoreConfig.Domain and APIPrefix are both set: a bucket has at most one of them")
+	case strings.ContainsAny(cfg.Domain+cfg.APIPrefix, " \t\r\n*>"):
+		return fmt.Errorf("NATSStoreConfig.Domain %q, APIPrefix %q: must not hold spaces or wildcards", cfg.Domain, cfg.APIPrefix)
 	}
 	return nil
 }
@@ -180,51 +209,33 @@ func validBucket(name string) bool {
 
 // want says what the caller set of a bucket.
 func (cfg *NATSStoreConfig) want() bucketWant {
-	w := bucketWant{history: cfg.History, replicas: cfg.Replicas}
-	if cfg.MaxValueSize > 0 {
-		w.maxMsgSize = int32(min(int64(cfg.MaxValueSize)+headerRoom, 1<<31-1))
-	}
-	return w
-}
-
-// maxValue returns the size of the largest value that the bucket takes.
-func (b *bucket) maxValue() int {
-	limit := int(b.nc.MaxPayload()) - headerRoom
-	if most := b.setup.Load().MaxMsgSize; most > 0 {
-		limit = min(limit, int(most)-headerRoom)
-	}
-	return max(limit, 0)
+	return bucketWant{history: cfg.History, replicas: cfg.Replicas, maxValue: cfg.MaxValueSize}
 }
 
 // begin starts an operation that is refused after Close.
-func (s *NATSStore) begin() error {
-	if s.life.Err() != nil {
-		return ErrClosed
+func (s *NATSStore) begin(verb, key string) (context.Context, error) {
+	if s == nil || s.natsCore == nil {
+		return nil, errUnopened
 	}
-	return nil
+	if s.data.life.Err() != nil {
+		return nil, ErrClosed
+	}
+	if s.ctx == nil {
+		return context.Background(), nil
+	}
+	if err := s.ctx.Err(); err != nil {
+		return nil, opError(verb, key, err)
+	}
+	return s.ctx, nil
 }
 
-// get returns the record of a key that exists.
-func (s *NATSStore) get(key string) (record, error) {
-	if err := s.begin(); err != nil {
-		return record{}, err
-	}
-	if err := ValidateKey(key); err != nil {
-		return record{}, err
-	}
-	c := newCall(context.Background())
-	r, err := s.data.last(c, key)
-	if err != nil {
-		return record{}, opError("get", key, err)
-	}
-	s.data.known.learn(key, r)
-	if !s.data.exists(c, &r) {
-		return record{}, ErrNotFound
-	}
-	return r, nil
+// WithContext implements [Store].
+func (s *NATSStore) WithContext(ctx context.Context) Store {
+	return &NATSStore{natsCore: s.natsCore, ctx: ctx}
 }
 
-// Get implements [StateStore].
+// Get implements [StateStore]. It costs one request, or two if the key does not
+// exist.
 func (s *NATSStore) Get(key string) ([]byte, error) {
 	r, err := s.get(key)
 	if err != nil {
@@ -233,7 +244,7 @@ func (s *NATSStore) Get(key string) ([]byte, error) {
 	return r.value, nil
 }
 
-// GetKeyValue implements [StateStore].
+// GetKeyValue implements [StateStore], at the cost of Get.
 func (s *NATSStore) GetKeyValue(key string) (*KeyValue, error) {
 	r, err := s.get(key)
 	if err != nil {
@@ -242,140 +253,253 @@ func (s *NATSStore) GetKeyValue(key string) (*KeyValue, error) {
 	return r.event(key, r.deadline), nil
 }
 
-// Put implements [StateStore].
-func (s *NATSStore) Put(key string, value []byte, ttl time.Duration) error {
-	last := func() *record {
-		if last := s.data.known.recall(key); last != nil {
-			return last
-		}
-		return &record{} // a key that is not known is tried as a new one
-	}
-	_, err := s.put("put", key, value, ttl, last, func(*call, *record) error { return nil })
-	return err
-}
-
-// Update implements [Updater].
-func (s *NATSStore) Update(key string, value []byte, ttl time.Duration, revision uint64) (uint64, error) {
-	last := func() *record {
-		last := s.data.known.recall(key)
-		switch {
-		case revision != 0 && (last == nil || last.revision != revision):
-			return nil
-		case revision == 0 && (last == nil || last.exists(s.data.clock.now())):
-			return &record{}
-		}
-		return last
-	}
-	r, err := s.put("update", key, value, ttl, last, func(c *call, last *record) error {
-		var current uint64
-		if s.data.exists(c, last) {
-			current = last.revision
-		}
-		if current != revision {
-			return ErrConflict
-		}
-		return nil
-	})
-	return r.revision, err
-}
-
-// put writes a value, if allowed agrees to what it replaces.
-func (s *NATSStore) put(verb, key string, value []byte, ttl time.Duration, believed func() *record, allowed func(*call, *record) error) (record, error) {
-	if err := s.begin(); err != nil {
+func (s *NATSStore) get(key string) (record, error) {
+	ctx, err := s.begin("get", key)
+	if err != nil {
 		return record{}, err
+	}
+	if err := ValidateKey(key); err != nil {
+		return record{}, err
+	}
+	r, err := s.data.entryOf(newBudget(ctx), key)
+	return r, opError("get", key, err)
+}
+
+// Put implements [StateStore]. It costs one request for a key that is new or
+// that this store wrote last, two where others write the key, too, and three
+// when it learns that.
+func (s *NATSStore) Put(key string, value []byte, ttl time.Duration) error {
+	ctx, m, err := s.beginPut("put", key, value, ttl)
+	if err != nil {
+		return err
+	}
+	_, err = s.data.put(newBudget(ctx), m)
+	return s.wrote("put", key, err)
+}
+
+// Update implements [Store]. It costs one request, or two if this store has not
+// seen the revision.
+func (s *NATSStore) Update(key string, value []byte, ttl time.Duration, revision uint64) (uint64, error) {
+	ctx, m, err := s.beginPut("update", key, value, ttl)
+	if err != nil {
+		return 0, err
+	}
+	r, err := s.data.update(newBudget(ctx), m, revision)
+	return r.revision, s.wrote("update", key, err)
+}
+
+// beginPut checks what Put and Update are given.
+func (s *NATSStore) beginPut(verb, key string, value []byte, ttl time.Duration) (context.Context, mutation, error) {
+	ctx, err := s.begin(verb, key)
+	if err != nil {
+		return nil, mutation{}, err
 	}
 	if err := validatePut(key, value, ttl, s.maxValue); err != nil {
-		return record{}, err
+		return nil, mutation{}, err
 	}
 	if ttl == 0 {
 		ttl = s.ttl
 	}
-	return s.write(verb, key, believed, func(c *call, last *record, w entryWriter) (*nats.Msg, record, error) {
-		if err := allowed(c, last); err != nil {
-			return nil, record{}, err
-		}
-		msg, next := w.value(last, value, ttl)
-		return msg, next, nil
-	})
+	return ctx, mutation{key: key, op: s.data.nextOp(), value: value, ttl: ttl}, nil
 }
 
-// errNothing is the decision of a deletion that has nothing to delete.
-var errNothing = errors.New("nothing to delete")
-
-// Delete implements [StateStore].
+// Delete implements [StateStore]. It costs one request for a key that this store
+// wrote last, and one for a key that does not exist; two otherwise, and three if
+// others write the key meanwhile.
 func (s *NATSStore) Delete(key string) error {
-	if err := s.begin(); err != nil {
+	ctx, m, err := s.beginDelete("delete", key)
+	if err != nil {
 		return err
+	}
+	return s.wrote("delete", key, s.data.remove(newBudget(ctx), m))
+}
+
+// DeleteRevision implements [Store]. It costs one request, or two if this store
+// has not seen the revision.
+func (s *NATSStore) DeleteRevision(key string, revision uint64) error {
+	ctx, m, err := s.beginDelete("delete", key)
+	if err != nil {
+		return err
+	}
+	if revision == 0 {
+		return ErrConflict
+	}
+	_, err = s.data.update(newBudget(ctx), m, revision)
+	return s.wrote("delete", key, err)
+}
+
+func (s *NATSStore) beginDelete(verb, key string) (context.Context, mutation, error) {
+	ctx, err := s.begin(verb, key)
+	if err != nil {
+		return nil, mutation{}, err
 	}
 	if err := ValidateKey(key); err != nil {
-		return err
+		return nil, mutation{}, err
 	}
-	believed := func() *record {
-		last := s.data.known.recall(key)
-		if last != nil && !last.exists(s.data.clock.now()) {
-			return nil // somebody may have made it since
-		}
-		return last
-	}
-	_, err := s.write("delete", key, believed, func(c *call, last *record, w entryWriter) (*nats.Msg, record, error) {
-		if !s.data.exists(c, last) {
-			return nil, record{}, errNothing
-		}
-		msg, next := w.marker(last, markerLife)
-		return msg, next, nil
-	})
-	if err == errNothing {
-		return nil
-	}
-	return err
+	return ctx, mutation{key: key, op: s.data.nextOp(), marker: true, ttl: tombstoneTTL}, nil
 }
 
-// write is what Put, Update and Delete have in common. The bare errors of
-// decide stay bare.
-func (s *NATSStore) write(verb, key string, believed func() *record, decide decision) (record, error) {
-	if err := s.data.turns.take(key); err != nil {
-		return record{}, opError(verb, key, err)
+// wrote returns the error of a write, and reports one of unknown outcome.
+func (s *NATSStore) wrote(verb, key string, err error) error {
+	if errors.Is(err, ErrOutcomeUnknown) {
+		s.data.stats.unknown.Add(1)
+		s.data.log.Warn("state: the outcome of a write is unknown", "operation", verb, "key", key, "error", err)
 	}
-	defer s.data.turns.give(key)
-	r, err := s.data.commit(newCall(context.Background()), write{
-		key: key, op: s.data.nextOp(), last: believed(), decide: decide, chained: true,
-	})
-	return r, opError(verb, key, err)
+	return opError(verb, key, err)
 }
 
-// opError adds to an error what was to be done, unless it is a documented one.
-func opError(verb, key string, err error) error {
-	switch err {
-	case nil, ErrConflict, ErrValueTooLarge, ErrLockHeld, errNothing:
-		return err
-	}
-	return fmt.Errorf("state: %s %q: %w", verb, key, err)
-}
-
-// Keys implements [StateStore].
+// Keys implements [StateStore]. It costs about four requests, and one more for
+// each 16,384 keys.
 func (s *NATSStore) Keys(pattern string) ([]string, error) {
-	if err := s.begin(); err != nil {
-		return nil, err
-	}
-	p, err := parsePattern(pattern)
+	ctx, p, err := s.beginPattern("keys", pattern)
 	if err != nil {
 		return nil, err
 	}
-	keys, err := s.data.keys(context.Background(), p)
+	keys, err := s.data.keys(newBudget(ctx), p)
 	return keys, opError("keys", pattern, err)
 }
 
-// Watch implements [StateStore]. See [NATSStore] for when it ends.
+// Entries implements [Store]. It costs about four requests, and one more for
+// each 16,384 entries or 4 MiB.
+func (s *NATSStore) Entries(pattern string) ([]*KeyValue, error) {
+	ctx, p, err := s.beginPattern("entries", pattern)
+	if err != nil {
+		return nil, err
+	}
+	t := newBudget(ctx)
+	l, err := s.data.list(t, p, true)
+	if err != nil {
+		return nil, opError("entries", pattern, err)
+	}
+	return l.entries(s.data, t), nil
+}
+
+func (s *NATSStore) beginPattern(verb, text string) (context.Context, pattern, error) {
+	ctx, err := s.begin(verb, text)
+	if err != nil {
+		return nil, pattern{}, err
+	}
+	p, err := parsePattern(text)
+	return ctx, p, err
+}
+
+// Watch implements [StateStore]. See [NATSStore] for when it ends. It costs two
+// requests, or one if the store watches the pattern already, and then a message
+// from the server for each change and one per second, for all watches of the
+// pattern together.
 func (s *NATSStore) Watch(pattern string) (<-chan *KeyValue, error) {
-	return s.WatchContext(context.Background(), pattern)
+	ctx, p, err := s.beginPattern("watch", pattern)
+	if err != nil {
+		return nil, err
+	}
+	f, w, err := s.join(ctx, p, false)
+	if err != nil {
+		return nil, s.watchError(pattern, err)
+	}
+	reader := make(chan *KeyValue)
+	s.data.stats.watches.Add(1)
+	if !s.data.start(func() {
+		w.deliver(reader, ctx.Done(), s.data.life.Done())
+		s.data.stats.watches.Add(-1)
+		s.leave(f, w)
+	}) {
+		s.leave(f, w)
+		return nil, ErrClosed
+	}
+	return reader, nil
+}
+
+// watchError is the error of a watch that could not begin.
+func (s *NATSStore) watchError(pattern string, err error) error {
+	if errors.Is(err, jetstream.ErrBucketNotFound) || s.data.nc.IsClosed() {
+		return ErrWatchClosed
+	}
+	return opError("watch", pattern, err)
+}
+
+// follow implements follower: a watch and a listing in one pass, which costs no
+// more requests than Watch does by itself.
+func (s *NATSStore) follow(ctx context.Context, p pattern) (*subscription, []*KeyValue, func(), error) {
+	f, w, err := s.join(ctx, p, true)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	t := newBudget(ctx)
+	l, err := s.data.list(t, p, true)
+	f.post(func() {
+		switch {
+		case !f.expecting || f.listed || f.listing:
+		case err == nil:
+			f.merge(l)
+		default:
+			f.list()
+		}
+	})
+	if err != nil {
+		s.leave(f, w)
+		return nil, nil, nil, err
+	}
+	s.data.stats.watches.Add(1)
+	context.AfterFunc(ctx, func() {
+		s.data.stats.watches.Add(-1)
+		s.leave(f, w)
+	})
+	return w.subscription, l.entries(s.data, t), func() { f.askProgress(ctx) }, nil
+}
+
+// Lock implements [StateStore]. The lock is a [Fenced]. Somebody who should not
+// hold it any more can be deposed by deleting the key from the bucket of locks.
+// It costs one request, or two if the lock is held or its last holder's lease
+// has lapsed.
+func (s *NATSStore) Lock(key string, ttl time.Duration) (Lock, error) {
+	ctx, err := s.beginLock(key, ttl)
+	if err != nil {
+		return nil, err
+	}
+	l, _, err := s.lock(ctx, key, ttl)
+	if err != nil {
+		return nil, opError("lock", key, err)
+	}
+	return l.handOver()
+}
+
+func (s *NATSStore) beginLock(key string, ttl time.Duration) (context.Context, error) {
+	ctx, err := s.begin("lock", key)
+	if err == nil {
+		err = validateLock(key, ttl)
+	}
+	return ctx, err
+}
+
+// awaitLock implements lockWaiter.
+func (s *NATSStore) awaitLock(ctx context.Context, key string, ttl time.Duration) (Lock, error) {
+	if _, err := s.beginLock(key, ttl); err != nil {
+		return nil, err
+	}
+	return s.natsCore.awaitLock(ctx, key, ttl)
+}
+
+// LockHolder implements [Store]. It costs one request.
+func (s *NATSStore) LockHolder(key string) (*LockInfo, error) {
+	ctx, err := s.begin("lock holder", key)
+	if err != nil {
+		return nil, err
+	}
+	if err := ValidateKey(key); err != nil {
+		return nil, err
+	}
+	r, err := s.holder(newBudget(ctx), key)
+	if err != nil {
+		return nil, opError("lock holder", key, err)
+	}
+	return r.lockInfo(key), nil
 }
 
 // Close implements [StateStore]. The connection stays open.
 func (s *NATSStore) Close() error {
-	s.mu.Lock()
-	s.closed = true
-	s.end()
-	s.mu.Unlock()
-	s.active.Wait()
+	if s == nil || s.natsCore == nil {
+		return errUnopened
+	}
+	s.data.stop()
 	return nil
 }

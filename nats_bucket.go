@@ -6,52 +6,89 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+const (
+	// defaultMaxConsumers is how many consumers a new bucket may have, where the
+	// account allows it: one for each pattern that a store watches. Where a
+	// bucket does not say, servers allow 1000.
+	defaultMaxConsumers = 100_000
+	// settingsLife is how long the settings of a bucket are relied on where only
+	// they make an answer right: an operator may change them.
+	settingsLife = 2 * time.Second
 )
 
 // A bucket is a JetStream key-value bucket, with what this client knows of it.
 type bucket struct {
-	*link
+	*requester
 	name   string
 	stream string // the stream that holds it
 	prefix string // what a key is preceded by to make a subject
+	want   bucketWant
+
 	writer string // begins the ids of this client's writes
 	writes atomic.Uint64
 
+	settings   atomic.Pointer[settings]
+	state      atomic.Pointer[streamState] // as the leader last had it
+	refreshing sync.Mutex                  // held by whoever changes the bucket, or looks whether it must
+	checking   atomic.Bool                 // a check of the settings is under way
+	clock      serverClock
+	cache      recordCache
+	maxBatch   atomic.Int32 // of a consumer's requests, as far as the server has refused more
+}
+
+// A bucketWant is what is wanted of a bucket. What is zero is left as it is.
+type bucketWant struct {
+	history  int
+	maxValue int32
+	replicas int  // of a new one
+	locks    bool // it is to hold locks
+}
+
+// settings are what a bucket's operator decided, as they were at a time.
+type settings struct {
+	streamConfig
 	created time.Time // the stream's, which tells it from another of its name
-	setup   atomic.Pointer[bucketSetup]
-	clock   serverClock
-	known   memo
-	turns   turns
-	noFew   atomic.Bool // a listing of few keys was not answered
+	checked time.Time
+	epoch   *epoch // of the connection that they came on
+	copies  bool   // mirrors of the stream are known
 }
 
-// A bucketSetup is what its operator decided.
-type bucketSetup struct {
-	Replicas    int           `json:"num_replicas"`
-	PerKey      int64         `json:"max_msgs_per_subject"`
-	MaxMsgSize  int32         `json:"max_msg_size"`
-	MaxAge      time.Duration `json:"max_age"`
-	MarkerTTL   time.Duration `json:"subject_delete_marker_ttl"`
-	Storage     string        `json:"storage"`
-	AllowTTL    bool          `json:"allow_msg_ttl"`
-	AllowDirect bool          `json:"allow_direct"`
-	AllowRollup bool          `json:"allow_rollup_hdrs"`
-	DenyPurge   bool          `json:"deny_purge"`
-	Subjects    []string      `json:"subjects"`
+// A streamConfig is what we look at of a stream's configuration.
+type streamConfig struct {
+	Replicas    int             `json:"num_replicas"`
+	PerKey      int64           `json:"max_msgs_per_subject"`
+	MaxMsgs     int64           `json:"max_msgs"`
+	MaxBytes    int64           `json:"max_bytes"`
+	MaxMsgSize  int32           `json:"max_msg_size"`
+	MaxAge      time.Duration   `json:"max_age"`
+	MarkerTTL   time.Duration   `json:"subject_delete_marker_ttl"`
+	Storage     string          `json:"storage"`
+	Retention   string          `json:"retention"`
+	Discard     string          `json:"discard"`
+	AllowTTL    bool            `json:"allow_msg_ttl"`
+	AllowDirect bool            `json:"allow_direct"`
+	AllowRollup bool            `json:"allow_rollup_hdrs"`
+	DenyPurge   bool            `json:"deny_purge"`
+	Sealed      bool            `json:"sealed"`
+	NoAck       bool            `json:"no_ack"`
+	Subjects    []string        `json:"subjects"`
+	Mirror      json.RawMessage `json:"mirror"`
+	Sources     json.RawMessage `json:"sources"`
+	Transform   json.RawMessage `json:"subject_transform"`
 }
 
-// replicated reports whether the stream is known to be on several servers.
-func (b *bucket) replicated() bool {
-	setup := b.setup.Load()
-	return setup != nil && setup.Replicas > 1
-}
-
-func (s *bucketSetup) rollup() bool { return s.AllowRollup && !s.DenyPurge }
+func (s *streamConfig) rollup() bool { return s.AllowRollup && !s.DenyPurge }
 
 // A streamInfo is the answer to a request for a stream's state. It comes from
 // the stream's leader.
@@ -59,206 +96,346 @@ type streamInfo struct {
 	Config  json.RawMessage `json:"config"`
 	Created time.Time       `json:"created"`
 	Now     time.Time       `json:"ts"`
-	State   struct {
-		LastSeq  uint64 `json:"last_seq"`
-		Messages uint64 `json:"messages"`
-		Bytes    uint64 `json:"bytes"`
-	} `json:"state"`
+	State   streamState     `json:"state"`
 	Cluster *struct {
 		Leader string `json:"leader"`
 	} `json:"cluster"`
+	Alternates []struct {
+		Name string `json:"name"`
+	} `json:"alternates"`
 
-	setup bucketSetup // from Config
+	config streamConfig // from Config
 }
 
-func newBucket(l *link, name string) *bucket {
+type streamState struct {
+	FirstSeq uint64 `json:"first_seq"`
+	LastSeq  uint64 `json:"last_seq"`
+	Messages uint64 `json:"messages"`
+	Bytes    uint64 `json:"bytes"`
+}
+
+func newBucket(r *requester, name string, want bucketWant) *bucket {
 	return &bucket{
-		link:   l,
-		name:   name,
-		stream: "KV_" + name,
-		prefix: "$KV." + name + ".",
-		writer: rand.Text()[:16],
-		known:  memo{limit: memoLimit},
+		requester: r,
+		name:      name, stream: "KV_" + name, prefix: "$KV." + name + ".", want: want,
+		writer: rand.Text()[:12] + ".",
 	}
+}
+
+// on returns the same bucket on another requester.
+func (b *bucket) on(r *requester) *bucket {
+	c := newBucket(r, b.name, b.want)
+	c.settings.Store(b.settings.Load())
+	return c
 }
 
 // nextOp returns an id that no other write has.
 func (b *bucket) nextOp() string {
-	return string(strconv.AppendUint(append(make([]byte, 0, 64), b.writer...), b.writes.Add(1), 36))
+	return string(strconv.AppendUint(append(make([]byte, 0, 32), b.writer...), b.writes.Add(1), 36))
 }
 
-// info asks the leader for the stream's state, and takes what it says of its
-// clock and of the bucket's setup.
-func (b *bucket) info(c *call) (*streamInfo, error) {
-	return b.infoBy(c, "STREAM.INFO", nil)
+// own reports whether this client made a write.
+func (b *bucket) own(op string) bool { return strings.HasPrefix(op, b.writer) }
+
+// replicated reports whether the stream is known to be on several servers.
+func (b *bucket) replicated() bool { return b.settings.Load().Replicas > 1 }
+
+// maxValue returns the size of the largest value that the bucket takes. The
+// exact limit of a message is checked when it is made.
+func (b *bucket) maxValue() int {
+	limit := int(b.nc.MaxPayload()) - headerRoom
+	if most := b.settings.Load().MaxMsgSize; most > 0 {
+		limit = min(limit, int(most))
+	}
+	return max(limit, 0)
+}
+
+// info asks the leader for the stream's state, and notes what it says of its
+// clock and of the bucket's settings.
+func (b *bucket) info(t *retryBudget) (*streamInfo, error) {
+	return b.infoBy(t, "STREAM.INFO", nil)
 }
 
 // infoBy makes a request that is answered by a stream info.
-func (b *bucket) infoBy(c *call, verb string, req any) (*streamInfo, error) {
+func (b *bucket) infoBy(t *retryBudget, verb string, req any) (*streamInfo, error) {
 	for {
 		var info streamInfo
-		asked, reconnects := time.Now(), b.nc.Stats().Reconnects
-		if err := b.api(c, verb, b.stream, req, &info); err != nil {
+		asked := time.Now()
+		e, _ := b.current()
+		if err := b.streamCall(t, verb, b.stream, req, &info); err != nil {
 			return nil, err
 		}
 		if info.Cluster != nil && info.Cluster.Leader == "" {
 			// Without a leader every member answers, for itself.
-			if !c.again() {
+			if !t.wait(b.life) {
 				return nil, fmt.Errorf("stream %s has no leader", b.stream)
 			}
 			continue
 		}
-		if err := json.Unmarshal(info.Config, &info.setup); err != nil {
-			return nil, fmt.Errorf("configuration of stream %s: %w", b.stream, err)
+		if err := b.noteInfo(&info, asked, e); err != nil {
+			return nil, err
 		}
-		b.clock.set(timestamp(info.Now.UnixNano()), asked, reconnects)
-		b.setup.Store(&info.setup)
 		return &info, nil
 	}
 }
 
-// last reads the last record of a key: from anybody if one server is all there
-// is, else from the leader. It sees every write acknowledged before.
-func (b *bucket) last(c *call, key string) (record, error) {
-	setup := b.setup.Load()
-	if setup.Replicas > 1 || !setup.AllowDirect {
-		return b.leaderLast(c, key)
+// noteInfo notes what a stream info says that was asked for at a time.
+func (b *bucket) noteInfo(info *streamInfo, asked time.Time, e *epoch) error {
+	if err := json.Unmarshal(info.Config, &info.config); err != nil {
+		return fmt.Errorf("configuration of stream %s: %w", b.stream, err)
 	}
-	msg := &nats.Msg{Subject: "$JS.API.DIRECT.GET." + b.stream + "." + b.prefix + key}
-	for {
-		answer, err := b.ask(c, msg, 0)
-		if err == nil {
-			switch status := answer.Header.Get("Status"); status {
-			case "":
-				r, err := directRecord(answer, setup.MaxAge)
-				b.clock.observe(r.modified)
-				return r, err
-			case "404":
-				return record{}, nil
-			default:
-				return record{}, fmt.Errorf("direct get: %s %s", status, answer.Header.Get("Description"))
-			}
+	b.clock.set(timestamp(info.Now.UnixNano()), asked, e)
+	now := &settings{
+		streamConfig: info.config, created: info.Created, checked: asked, epoch: e,
+		copies: len(info.Alternates) > 1,
+	}
+	b.state.Store(&info.State)
+	last := b.settings.Swap(now)
+	switch {
+	case last == nil:
+	case !last.created.Equal(now.created):
+		b.cache.clear()
+		b.log.Warn("state: the bucket was deleted and made anew", "bucket", b.name)
+	default:
+		now.copies = now.copies || last.copies
+		if last.Replicas != now.Replicas || last.PerKey != now.PerKey || last.MaxAge != now.MaxAge || last.AllowTTL != now.AllowTTL {
+			b.log.Info("state: settings of the bucket changed", "bucket", b.name, "replicas", now.Replicas, "history", now.PerKey, "max_age", now.MaxAge)
 		}
-		if errors.Is(err, nats.ErrNoResponders) {
-			// The stream is gone, or not up yet; only the API tells which.
-			return b.leaderLast(c, key)
+	}
+	return nil
+}
+
+// streamCall is call about the bucket's stream. A stream that is gone is
+// jetstream.ErrBucketNotFound.
+func (b *bucket) streamCall(t *retryBudget, verb, object string, req, answer any) error {
+	for asked := time.Now(); ; {
+		err := b.call(t, verb, object, req, answer)
+		if apiCode(err) != codeNoStream {
+			return err
 		}
-		if !transient(err) || !c.again() {
-			return record{}, err
+		// In a cluster, a server that is starting may not have heard of it yet.
+		if s := b.settings.Load(); s == nil || !b.elections() || time.Since(asked) > goneAfter || !t.wait(b.life) {
+			return fmt.Errorf("%w: %w", jetstream.ErrBucketNotFound, err)
 		}
 	}
 }
 
-// leaderLast reads the last record of a key from the stream's leader.
-//
-// A leader that was cut off answers with what it had then. It is found out if
-// this client knows of something newer.
-func (b *bucket) leaderLast(c *call, key string) (record, error) {
-	var suspect time.Time
-	for {
-		var r record
-		msg, err := b.leaderMsg(c, b.prefix+key)
-		if err == nil && msg != nil {
-			r, err = msg.record(b.setup.Load().MaxAge)
-			b.clock.observe(r.modified)
-		}
-		if err != nil {
-			return record{}, err
-		}
-		known := b.known.recall(key)
-		switch {
-		case known == nil || known.revision <= r.revision, !b.replicated():
-			return r, nil
-		case r.revision == 0 && !known.exists(b.clock.now()):
-			return r, nil // it has gone since
-		}
-		// Or it was removed by hand, or the stream is another one by now. While
-		// one leader takes over from another they answer in turn: only time
-		// tells.
-		info, err := b.info(c)
-		if err != nil {
-			return record{}, err
-		}
-		if suspect.IsZero() {
-			suspect = time.Now()
-		}
-		if !b.created.Equal(info.Created) || info.State.LastSeq >= known.revision && time.Since(suspect) > staleFor {
-			b.known.forget(key)
-			return r, nil
-		}
-		if !c.again() {
-			return record{}, errStaleLeader
+// check looks at the settings in the background if they are not fresh.
+func (b *bucket) check() {
+	if b.checking.CompareAndSwap(false, true) {
+		if !b.start(func() {
+			defer b.checking.Store(false)
+			_, _ = b.info(newBudget(b.life))
+		}) {
+			b.checking.Store(false)
 		}
 	}
 }
 
-// staleFor is for how long an answer is doubted that is older than what is
-// known.
-const staleFor = 1500 * time.Millisecond
-
-var errStaleLeader = errors.New("the stream's leader has not got what it had acknowledged: it was cut off from the others")
-
-// leaderMsg reads the last message on a subject, which may have wildcards. It
-// returns nil if there is none.
-func (b *bucket) leaderMsg(c *call, subject string) (*storedMsg, error) {
-	var req = struct {
-		LastFor string `json:"last_by_subj"`
-	}{subject}
-	var answer struct {
-		Message *storedMsg `json:"message"`
+// refresh looks at the settings after something has contradicted what was
+// believed of them, and makes the bucket fit again.
+func (b *bucket) refresh(t *retryBudget) error {
+	b.refreshing.Lock()
+	defer b.refreshing.Unlock()
+	info, err := b.info(t)
+	if err == nil {
+		err = b.suit(t, info)
 	}
-	err := b.api(c, "STREAM.MSG.GET", b.stream, req, &answer)
-	if apiCode(err) == codeNoMessage {
-		return nil, nil
-	}
-	return answer.Message, err
+	return err
 }
 
-// settled returns the last record of a key, when no write is under way that may
-// already have its time. On several replicas such a write has been proposed but
-// is not stored yet, and a read does not see it. A write that is conditional on
-// what cannot be does: the leader refuses it, and tells why. It is addressed to
-// a subject that is no key.
-func (b *bucket) settled(c *call, key string) (record, error) {
-	if !b.replicated() {
-		return b.last(c, key)
+var errNoTTL = errors.New("the server has no message TTLs: nats-server 2.11 or later is needed")
+
+// open binds to the bucket, or creates it.
+func (b *bucket) open(t *retryBudget) error {
+	if old(b.nc.ConnectedServerVersion()) {
+		return errNoTTL
 	}
-	probe := &nats.Msg{Subject: b.prefix + ":probe", Header: nats.Header{
-		headerExpected:        {strconv.Itoa(math.MaxInt64)},
-		headerExpectedSubject: {b.prefix + key},
-	}}
-	for {
-		switch _, o, err := b.send(c, probe); o {
-		case busy, unavailable:
-			if !c.again() {
-				return record{}, err
-			}
-		case lost:
-			return record{}, err
-		default:
-			// It is settled, or we may not write.
-			return b.leaderLast(c, key)
-		}
+	info, err := b.info(t)
+	if errors.Is(err, jetstream.ErrBucketNotFound) {
+		info, err = b.create(t)
 	}
+	if err != nil {
+		return openError(err)
+	}
+	return b.suit(t, info)
+}
+
+// suit makes sure that a stream can serve as the bucket, and changes of it what
+// must be otherwise.
+func (b *bucket) suit(t *retryBudget, info *streamInfo) error {
+	if err := b.suitable(&info.config); err != nil {
+		return err
+	}
+	info, err := b.adapt(t, info)
+	if err != nil {
+		return openError(err)
+	}
+	if !info.config.AllowTTL {
+		return errNoTTL
+	}
+	if info.config.PerKey != 1 && !info.config.rollup() {
+		return errors.New("the bucket keeps a history and denies purges: a deleted key could come back")
+	}
+	return nil
+}
+
+// old reports whether a server version is one without message TTLs.
+func old(version string) bool {
+	major, rest, _ := strings.Cut(version, ".")
+	minor, _, _ := strings.Cut(rest, ".")
+	x, err1 := strconv.Atoi(major)
+	y, err2 := strconv.Atoi(minor)
+	return err1 == nil && err2 == nil && (x < 2 || x == 2 && y < 11)
+}
+
+// openError says in words what the usual reasons are.
+func openError(err error) error {
+	switch code := apiCode(err); {
+	case code == codeNotEnabled, code == codeNoAccount:
+		return fmt.Errorf("JetStream is not enabled for this account: %w", err)
+	case errors.Is(err, nats.ErrNoResponders):
+		return fmt.Errorf("JetStream is not enabled on the server, or not reachable: %w", err)
+	}
+	return err
+}
+
+// create makes the bucket as an ordinary KV bucket, but with message TTLs and
+// without delete markers: these can lose writes, see [NATSStore].
+func (b *bucket) create(t *retryBudget) (*streamInfo, error) {
+	maxValue := b.want.maxValue
+	if maxValue == 0 {
+		maxValue = defaultMaxValue
+	}
+	config := jetstream.StreamConfig{
+		Name:              b.stream,
+		Subjects:          []string{b.prefix + ">"},
+		MaxMsgsPerSubject: int64(max(b.want.history, 1)),
+		MaxMsgSize:        withHeaders(maxValue),
+		Replicas:          max(b.want.replicas, 1),
+		Storage:           jetstream.FileStorage,
+		Discard:           jetstream.DiscardNew,
+		DenyDelete:        true,
+		AllowRollup:       true,
+		AllowDirect:       true,
+		AllowMsgTTL:       true,
+		MaxConsumers:      defaultMaxConsumers,
+		MaxMsgs:           -1,
+		MaxBytes:          -1,
+		Duplicates:        2 * time.Minute,
+	}
+	if b.want.locks {
+		// Revisions are the fencing tokens of locks. They must go on growing if
+		// the bucket is deleted and made anew, so they start at the time, which
+		// grows faster: a bucket does not take a million writes per second.
+		config.FirstSeq = uint64(time.Now().UnixMicro())
+	}
+	info, err := b.infoBy(t, "STREAM.CREATE", config)
+	if apiCode(err) == codeMaxConsumers {
+		config.MaxConsumers = -1 // the account has a limit of its own
+		info, err = b.infoBy(t, "STREAM.CREATE", config)
+	}
+	for apiCode(err) == codeNameInUse || apiCode(err) == codeNoStream && t.wait(b.life) {
+		info, err = b.info(t) // somebody was faster
+	}
+	return info, err
+}
+
+// withHeaders returns the size of the messages that hold values of a size. The
+// server counts headers in.
+func withHeaders(maxValue int32) int32 {
+	return int32(min(int64(maxValue)+headerRoom, math.MaxInt32))
+}
+
+// suitable reports why a stream cannot serve as the bucket.
+func (b *bucket) suitable(c *streamConfig) error {
+	switch {
+	case !slices.Contains(c.Subjects, b.prefix+">"):
+		return fmt.Errorf("the stream %s is not a bucket that can be written to: its subjects are %q", b.stream, c.Subjects)
+	case b.want.locks:
+		return suitableForLocks(c)
+	}
+	return nil
+}
+
+// suitableForLocks reports why a bucket cannot hold locks: a record must stay
+// until its lease has lapsed, whatever happens, and go for no other reason.
+func suitableForLocks(c *streamConfig) error {
+	var reason string
+	switch {
+	case c.Storage != "file":
+		reason = "it is in memory, so a restart of the server would forget who holds a lock"
+	case c.MaxAge > 0:
+		reason = fmt.Sprintf("its max_age of %v would end leases early", c.MaxAge)
+	case c.MarkerTTL > 0:
+		reason = "its delete markers can remove newer records"
+	case c.Discard == "old" && (c.MaxMsgs > 0 || c.MaxBytes > 0):
+		reason = "it discards old records when it is full"
+	case c.Retention != "" && c.Retention != "limits":
+		reason = fmt.Sprintf("its retention is %q", c.Retention)
+	case c.Sealed:
+		reason = "it is sealed"
+	case c.NoAck:
+		reason = "it does not acknowledge writes"
+	case present(c.Mirror), present(c.Sources), present(c.Transform):
+		reason = "it is a mirror, has sources or transforms subjects"
+	case c.MaxMsgSize > 0 && c.MaxMsgSize < headerRoom:
+		reason = fmt.Sprintf("its largest message is %d bytes", c.MaxMsgSize)
+	default:
+		return nil
+	}
+	return fmt.Errorf("the bucket cannot hold locks: %s", reason)
+}
+
+func present(field json.RawMessage) bool {
+	return len(field) > 0 && string(field) != "null" && string(field) != "[]"
+}
+
+// adapt raises what the caller set higher than an existing bucket has it, and
+// switches message TTLs on. It lowers nothing, and leaves all else as it is,
+// also what this version of the client does not know of.
+func (b *bucket) adapt(t *retryBudget, info *streamInfo) (*streamInfo, error) {
+	changes := map[string]any{}
+	if !info.config.AllowTTL {
+		changes["allow_msg_ttl"] = true
+	}
+	if has := info.config.PerKey; has > 0 && int64(b.want.history) > has {
+		changes["max_msgs_per_subject"] = b.want.history
+	}
+	if has := info.config.MaxMsgSize; has > 0 && b.want.maxValue > has {
+		changes["max_msg_size"] = withHeaders(b.want.maxValue)
+	}
+	if len(changes) == 0 {
+		return info, nil
+	}
+	config := map[string]json.RawMessage{}
+	if err := json.Unmarshal(info.Config, &config); err != nil {
+		return nil, err
+	}
+	for field, value := range changes {
+		config[field], _ = json.Marshal(value)
+	}
+	return b.infoBy(t, "STREAM.UPDATE", config)
 }
 
 // exists reports whether a record is that of a key that exists now.
-func (b *bucket) exists(c *call, r *record) bool {
-	return r.revision != 0 && !r.deleted && !b.expired(c, r.deadline)
+func (b *bucket) exists(t *retryBudget, r *record) bool {
+	return r.revision != 0 && !r.deleted && !b.expired(t, r.deadline)
 }
 
 // expired reports whether a deadline has passed by the server's clock, of which
 // a lower bound is known. Where that does not decide it, is close to the
 // deadline or might be wrong, the server is asked first.
-func (b *bucket) expired(c *call, deadline timestamp) bool {
+func (b *bucket) expired(t *retryBudget, deadline timestamp) bool {
 	if deadline == 0 {
 		return false
 	}
-	now, slack, age := b.clock.read(b.nc)
-	maybe, surely := deadline.passed(now+slack), deadline.passed(now-closeCall)
+	e, _ := b.current()
+	now, uncertainty, age := b.clock.read(e)
+	maybe, surely := deadline.passed(now+uncertainty), deadline.passed(now-closeCall)
 	open := !surely && (age > freshSample || !deadline.passed(now))
 	if maybe && (age >= sampleLife || open) {
-		if info, err := b.info(c); err == nil {
+		if info, err := b.info(t); err == nil {
 			now = timestamp(info.Now.UnixNano())
 		}
 	}

@@ -3,8 +3,6 @@ package state
 import (
 	"sync"
 	"time"
-
-	"github.com/nats-io/nats.go"
 )
 
 // A serverClock estimates the clock of the stream's leader from below: it may
@@ -12,17 +10,17 @@ import (
 // Between samples it follows the local monotonic clock, so that neither the
 // offset of the local wall clock nor its steps matter.
 type serverClock struct {
-	mu         sync.Mutex // guards what follows
-	base       timestamp  // the server's clock, when
-	at         time.Time  // its answer arrived
-	trip       time.Duration
-	reconnects uint64
+	mu    sync.Mutex // guards what follows
+	base  timestamp  // the server's clock, when
+	at    time.Time  // its answer arrived
+	trip  time.Duration
+	epoch *epoch // of the connection that the sample came on
 }
 
 const (
-	// sampleLife is after what time a sample is too old to decide that
-	// something has expired, and freshSample up to what age no newer one is
-	// needed where it is a close call: a server's clock may be set back, too.
+	// sampleLife is when a sample is too old to decide that something has
+	// expired, and freshSample up to what age no newer one is needed where it is
+	// a close call: a server's clock may be set back, too.
 	sampleLife  = 10 * time.Second
 	freshSample = 100 * time.Millisecond
 	closeCall   = timestamp(time.Second)
@@ -31,32 +29,32 @@ const (
 )
 
 // set takes a sample: base was the server's time after asked.
-func (c *serverClock) set(base timestamp, asked time.Time, reconnects uint64) {
+func (c *serverClock) set(base timestamp, asked time.Time, e *epoch) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now()
 	trip := now.Sub(asked)
-	if c.reconnects == reconnects && now.Sub(c.at) < sampleLife {
+	if c.epoch == e && now.Sub(c.at) < sampleLife {
 		// Each sample bounds the clock from below and from above: the closer
 		// bounds are the better ones, if they agree.
-		lower, upper := c.estimate(now), c.estimate(now)+c.slack(now)
+		lower, upper := c.estimate(now), c.estimate(now)+c.uncertainty(now)
 		lower, upper = max(lower, base), min(upper, base+timestamp(trip))
 		if lower <= upper {
 			base, trip = lower, time.Duration(upper-lower)
 		}
 	}
-	c.base, c.at, c.trip, c.reconnects = base, now, trip, reconnects
+	c.base, c.at, c.trip, c.epoch = base, now, trip, e
 }
 
-// observe takes note of the time at which the server wrote something that has
-// arrived here: its clock is past that. A time that the clock cannot have got
-// to is another server's, and tells nothing.
+// observe notes the time at which the server wrote something that has arrived
+// here: its clock is past that. A time that the clock cannot have reached is
+// another server's, and says nothing.
 func (c *serverClock) observe(written timestamp) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now()
 	ahead := written - c.estimate(now)
-	if ahead > 0 && ahead <= c.slack(now) {
+	if ahead > 0 && ahead <= c.uncertainty(now) {
 		c.base += ahead
 		c.trip -= min(c.trip, time.Duration(ahead))
 	}
@@ -67,8 +65,8 @@ func (c *serverClock) estimate(now time.Time) timestamp {
 	return c.base + timestamp(passed-passed/maxDrift)
 }
 
-// slack returns by how much the server's clock may be past the estimate.
-func (c *serverClock) slack(now time.Time) timestamp {
+// uncertainty returns by how much the server's clock may be past the estimate.
+func (c *serverClock) uncertainty(now time.Time) timestamp {
 	return timestamp(c.trip + 2*now.Sub(c.at)/maxDrift)
 }
 
@@ -81,13 +79,12 @@ func (c *serverClock) now() timestamp {
 
 // read returns the lower bound, by how much the server's clock may be past it,
 // and the age of the sample, which is that of an old one after a reconnect.
-func (c *serverClock) read(nc *nats.Conn) (now, slack timestamp, age time.Duration) {
-	reconnects := nc.Stats().Reconnects
+func (c *serverClock) read(e *epoch) (now, uncertainty timestamp, age time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	local := time.Now()
-	if age = local.Sub(c.at); c.reconnects != reconnects {
+	if age = local.Sub(c.at); c.epoch != e {
 		age = max(age, sampleLife)
 	}
-	return c.estimate(local), c.slack(local), age
+	return c.estimate(local), c.uncertainty(local), age
 }

@@ -13,43 +13,49 @@ import (
 // The headers that make a message of a KV bucket an entry. The data is the
 // value as it is, so that every other client reads it.
 const (
-	// The server's and the ones that all KV clients share.
-	headerTTL      = "Nats-TTL"
-	headerExpected = "Nats-Expected-Last-Subject-Sequence"
-	headerRollup   = "Nats-Rollup"
-	// headerExpectedSubject says of which subject headerExpected speaks, if not
-	// of the message's own.
+	// Those of the server, and those that all KV clients share.
+	headerTTL       = "Nats-TTL"
+	headerExpected  = "Nats-Expected-Last-Subject-Sequence"
+	headerRollup    = "Nats-Rollup"
+	headerOperation = "KV-Operation"
+	headerReason    = "Nats-Marker-Reason"
+	// headerExpectedSubject names the subject that headerExpected refers to, if
+	// it is not the message's own.
 	headerExpectedSubject = "Nats-Expected-Last-Subject-Sequence-Subject"
-	headerOperation       = "KV-Operation"
-	headerReason          = "Nats-Marker-Reason"
 
-	// headerExact is the TTL in nanoseconds, where Nats-TTL, which is only the
-	// server's broom, says something else.
-	headerExact = "State-TTL"
-	// headerCreated is when the key came into being, in nanoseconds since 1970
-	// by the store's clock. If the revision that was replaced had a deadline, it
-	// follows: had that passed when this one was written, the key is a new one.
-	headerCreated = "State-Created"
-	// headerOp identifies the write, so that its writer knows it again, and then
-	// the write that it replaced, if known. Attempts after the first are told
-	// apart by a "+" and their number. Locks begin it with the owner of the lease.
-	headerOp = "State-Op"
+	// headerState holds all that is ours, as words. The server copies all
+	// headers of a message for each one that it adds to an answer, so there is
+	// only one. The first word identifies the write, so that its writer
+	// recognises it; the others are
+	//
+	//	c=  when the key came into being, by the store's clock
+	//	d=  the deadline of the value that was replaced: if that had passed when
+	//	    this one was written, the key came into being with this one
+	//	t=  the exact TTL, of which Nats-TTL is only the server's part
+	//
+	// in nanoseconds, times since 1970.
+	headerState = "State"
 )
 
 const (
-	// markerLife is how long a deletion stays on the server: long enough for a
+	// tombstoneTTL is how long a deletion stays on the server: long enough for a
 	// watch that was cut off to come back to it.
-	markerLife = time.Hour
+	tombstoneTTL = time.Hour
 
-	// coverLife is how long something must stay on the server that hides an
-	// older and longer-lived revision. A server that was killed rebuilds its
+	// minTombstoneTTL is how long something must stay on the server that hides
+	// an older and longer-lived revision. A server that was killed rebuilds its
 	// index from what it finds on the disk, and finds again what was removed
 	// since it last wrote the index, which it does every two minutes.
-	coverLife = 10 * time.Minute
+	minTombstoneTTL = 10 * time.Minute
 
-	// maxBroom is the longest TTL that is left to the server. It takes one of
-	// 290 years for one that has passed.
-	maxBroom = 100 * 365 * 24 * time.Hour
+	// expiryGrace is how long an entry stays on the server after its deadline,
+	// so that a watch that began before the deadline still finds it when it
+	// lists what existed.
+	expiryGrace = 2 * time.Second
+
+	// maxServerTTL is the longest TTL that is left to the server. It takes one
+	// of 290 years for one that has passed.
+	maxServerTTL = 100 * 365 * 24 * time.Hour
 )
 
 // A record is the last message of a key. Its zero value is that of a key that
@@ -60,12 +66,12 @@ type record struct {
 	removal  timestamp // when the server removes it; none for 0
 	deleted  bool      // it is a marker; created is then that of what it deleted
 	expiry   bool      // and the server wrote it, in place of what expired
-	op       string
+	op       string    // identifies the write, "" if another client made it
 
-	// guessed says that the record was not read but written, so that its times
-	// are estimates from below: its writer is not told the server's. It is
-	// unsure if even whether the key is a new one depends on that.
-	guessed, unsure bool
+	// estimated says that the record was not read but written, so that its times
+	// are estimates from below: the writer does not learn the server's. It is
+	// uncertain if even whether the key came into being with it depends on that.
+	estimated, uncertain bool
 }
 
 // exists reports whether the key exists at now.
@@ -74,26 +80,26 @@ func (r *record) exists(now timestamp) bool {
 }
 
 // leaving reports whether the server is about to remove the record, or should
-// have done so a timestamp ago.
+// have done so a moment ago.
 func (r *record) leaving(now timestamp) bool {
 	const early, late = timestamp(250 * time.Millisecond), timestamp(2 * time.Second)
 	return r.removal != 0 && now > r.removal-early && now < r.removal+late
 }
 
 // decode makes a record of a message that may be anybody's. Headers that make
-// no sense are taken for absent ones.
+// no sense count as absent.
 func decode(hdr nats.Header, data []byte, seq uint64, written timestamp, maxAge time.Duration) record {
 	r := record{
 		entry: entry{value: data, revision: seq, created: written, modified: written},
 	}
-	r.op, _ = decodeOp(hdr.Get(headerOp))
 	if r.value == nil {
 		r.value = []byte{}
 	}
-	created, replaced := decodeCreated(hdr.Get(headerCreated))
-	lasting := created > 0 && created < written && !replaced.passed(written)
+	st := decodeState(hdr.Get(headerState))
+	r.op = st.op
+	lasting := st.created > 0 && st.created < written && !st.replaced.passed(written)
 	if lasting {
-		r.created = created
+		r.created = st.created
 	}
 	reason := hdr.Get(headerReason)
 	if op := hdr.Get(headerOperation); op == "DEL" || op == "PURGE" || reason != "" {
@@ -107,8 +113,8 @@ func decode(hdr nats.Header, data []byte, seq uint64, written timestamp, maxAge 
 
 	ttl, never := decodeTTL(hdr.Get(headerTTL))
 	r.removal = written.deadline(ttl)
-	if exact, err := strconv.ParseInt(hdr.Get(headerExact), 10, 64); err == nil && exact > 0 {
-		ttl = time.Duration(exact)
+	if st.ttl > 0 {
+		ttl = st.ttl
 	}
 	r.deadline = written.deadline(ttl)
 	if end := written.deadline(maxAge); !never {
@@ -122,29 +128,60 @@ func decode(hdr nats.Header, data []byte, seq uint64, written timestamp, maxAge 
 	return r
 }
 
-// decodeCreated reads a headerCreated: when the key came into being, if what was
-// replaced had not come to its deadline.
-func decodeCreated(s string) (created, deadline timestamp) {
-	since, before, _ := strings.Cut(s, " ")
-	at, _ := strconv.ParseInt(since, 10, 64)
-	end, _ := strconv.ParseInt(before, 10, 64)
-	return timestamp(at), timestamp(end)
+// A stateHeader is the content of a headerState.
+type stateHeader struct {
+	op       string
+	created  timestamp
+	replaced timestamp // the deadline of what was replaced
+	ttl      time.Duration
 }
 
-// decodeOp reads a headerOp: the write's id, and that of the one that it replaced.
-func decodeOp(s string) (op, replaced string) {
-	op, replaced, _ = strings.Cut(s, " ")
-	return op, replaced
+// encode appends the words that matter.
+func (h stateHeader) encode() string {
+	b := append(make([]byte, 0, 96), h.op...)
+	word := func(name string, n int64) {
+		if n != 0 {
+			b = append(b, name...)
+			b = strconv.AppendInt(b, n, 10)
+		}
+	}
+	word(" c=", int64(h.created))
+	word(" d=", int64(h.replaced))
+	word(" t=", int64(h.ttl))
+	return string(b)
+}
+
+// decodeState reads a headerState. Words that make no sense are left out.
+func decodeState(s string) (h stateHeader) {
+	h.op, s, _ = strings.Cut(s, " ")
+	for s != "" {
+		var word string
+		word, s, _ = strings.Cut(s, " ")
+		name, value, _ := strings.Cut(word, "=")
+		n, err := strconv.ParseInt(value, 10, 64)
+		if err != nil || n <= 0 {
+			continue
+		}
+		switch name {
+		case "c":
+			h.created = timestamp(n)
+		case "d":
+			h.replaced = timestamp(n)
+		case "t":
+			h.ttl = time.Duration(n)
+		}
+	}
+	return h
 }
 
 // decodeTTL reads a Nats-TTL as the server does: whole seconds, or a duration
 // that is cut to whole seconds, or "never".
 func decodeTTL(s string) (ttl time.Duration, never bool) {
-	if s == "" || s == "never" {
-		return 0, s == "never"
+	if never = strings.EqualFold(s, "never"); never || s == "" {
+		return 0, never
 	}
 	if n, err := strconv.ParseInt(s, 10, 64); err == nil {
-		if n < 0 || n > int64(maxBroom/time.Second) {
+		if n < 0 || n > int64(maxServerTTL/time.Second) {
 			n = 0
 		}
 		return time.Duration(n) * time.Second, false
@@ -155,55 +192,22 @@ func decodeTTL(s string) (ttl time.Duration, never bool) {
 	return 0, false
 }
 
-// An entryWriter makes messages.
-type entryWriter struct {
-	subject    string
-	op         string
-	now, slack timestamp // the lower bound of the server's clock, and how far it may be past it
-
-	chained bool // it is told what was replaced
-	history bool // older revisions must go, or they come back when this one does
-	rollup  bool // the bucket lets them go
-	markers bool // the server puts a marker in place of what it removes
-
-	doubtful bool // an earlier attempt may have been stored
+// A mutation is a write as data: what is to become of a key.
+type mutation struct {
+	key    string
+	op     string // identifies the write
+	value  []byte
+	marker bool          // a deletion: a marker takes the place of the value
+	ttl    time.Duration // 0 for one without end
 }
 
-// value returns the message that writes a value in place of last.
-func (w entryWriter) value(last *record, value []byte, ttl time.Duration) (*nats.Msg, record) {
-	next := record{entry: entry{created: w.now, modified: w.now}, op: w.op, guessed: true}
-	lasting, surely := w.lasts(last)
-	if lasting {
-		next.created = last.created
-	}
-	next.unsure = !surely
-	hdr := newHeader()
-	hdr.set(headerOp, w.ops(last))
-	hdr.set(headerExpected, strconv.FormatUint(last.revision, 10))
-	hdr.set(headerCreated, w.created(last))
-	if ttl > 0 {
-		next.deadline = w.now.deadline(ttl)
-		broom := ttl
-		if last.revision != 0 && !last.deleted && last.deadline.outlives(next.deadline) {
-			broom = max(broom, coverLife)
-		}
-		if w.markers {
-			broom += min(coverLife, math.MaxInt64-broom)
-		}
-		if broom <= maxBroom {
-			broom = (broom + time.Second - 1).Truncate(time.Second)
-			next.removal = w.now.deadline(broom)
-			hdr.set(headerTTL, strconv.FormatInt(int64(broom/time.Second), 10))
-		}
-		if broom != ttl {
-			hdr.set(headerExact, strconv.FormatInt(int64(ttl), 10))
-		}
-		if w.history {
-			hdr.set(headerRollup, "sub")
-		}
-	}
-	return &nats.Msg{Subject: w.subject, Header: hdr.Header, Data: value}, next
-}
+// A precondition says what a mutation requires of the key.
+type precondition int
+
+const (
+	ifUnchanged precondition = iota // that the record it is based on is the last one
+	always                          // nothing
+)
 
 // A header is one whose values share an array.
 type header struct {
@@ -221,51 +225,112 @@ func (h *header) set(name, value string) {
 	h.Header[name] = h.values[n : n+1 : n+1]
 }
 
-// lasts reports whether last will not have expired when it is replaced, and
-// whether that is sure. Where it is not, the message leaves it to the server's
-// clock.
-func (w entryWriter) lasts(last *record) (lasts, surely bool) {
-	if last.revision == 0 || last.deleted || last.deadline.passed(w.now-closeCall) {
+// size returns the length of the header on the wire.
+func (h *header) size() int {
+	n := len("NATS/1.0\r\n\r\n")
+	for name, values := range h.Header {
+		n += len(name) + len(values[0]) + len(": \r\n")
+	}
+	return n
+}
+
+// An encoder turns mutations of one bucket into messages.
+type encoder struct {
+	now, uncertainty timestamp // the lower bound of the server's clock, and how far it may be past it
+
+	rollup  bool          // the bucket lets older revisions go
+	markers bool          // the server puts a marker in place of what it removes
+	grace   time.Duration // how long values stay after their deadline
+	fixed   bool          // all records of a key have the same size
+}
+
+// encode returns the message for a mutation of a key whose last record is base,
+// and the record that it will be as far as that is known before. The message
+// leaves to the server's clock what the lower bound does not decide.
+func (e encoder) encode(m mutation, base record, pre precondition) (header, record) {
+	hdr := newHeader()
+	next := record{
+		entry:   entry{created: e.now, modified: e.now},
+		deleted: m.marker, op: m.op, estimated: true,
+	}
+	lasts, surely := e.lasts(base)
+	if lasts {
+		next.created = base.created
+	}
+	next.uncertain = !surely
+	state := stateHeader{op: m.op}
+	if !e.fixed {
+		state.created = next.created
+		if lasts {
+			state.replaced = base.deadline
+		}
+	}
+	switch {
+	case pre == ifUnchanged && e.fixed:
+		hdr.set(headerExpected, padded(base.revision))
+	case pre == ifUnchanged:
+		hdr.set(headerExpected, strconv.FormatUint(base.revision, 10))
+	}
+	switch {
+	case m.marker:
+		hdr.set(headerOperation, "PURGE")
+		hdr.set(headerTTL, seconds(m.ttl))
+	case m.ttl > 0:
+		state.ttl = m.ttl
+		next.deadline = e.now.deadline(m.ttl)
+		if serverTTL := e.serverTTL(m.ttl, base, next.deadline); serverTTL <= maxServerTTL {
+			next.removal = e.now.deadline(serverTTL)
+			hdr.set(headerTTL, seconds(serverTTL))
+		}
+	}
+	// With a history, an older revision must not come back when this one goes.
+	// The bucket's history may have been raised since it was looked at.
+	if e.rollup && (m.marker || m.ttl > 0) {
+		hdr.set(headerRollup, "sub")
+	}
+	hdr.set(headerState, state.encode())
+	return hdr, next
+}
+
+// serverTTL returns the TTL in whole seconds after which the server removes a
+// value.
+func (e encoder) serverTTL(ttl time.Duration, base record, deadline timestamp) time.Duration {
+	t := ttl
+	if base.revision != 0 && !base.deleted && base.deadline.outlives(deadline) {
+		t = max(t, minTombstoneTTL) // it hides what lives longer
+	}
+	extra := e.grace
+	if e.markers {
+		extra = minTombstoneTTL
+	}
+	t += min(extra, math.MaxInt64-t)
+	if whole := t.Truncate(time.Second); whole != t && whole <= maxServerTTL {
+		t = whole + time.Second
+	}
+	return t
+}
+
+func seconds(d time.Duration) string { return strconv.FormatInt(int64(d/time.Second), 10) }
+
+// padded returns a number that is as long as the largest one.
+func padded(n uint64) string {
+	s := strconv.FormatUint(n, 10)
+	return "00000000000000000000"[len(s):] + s
+}
+
+// lasts reports whether base will not have expired when it is replaced, and
+// whether that is certain.
+func (e encoder) lasts(base record) (lasts, surely bool) {
+	if base.revision == 0 || base.deleted || base.deadline.passed(e.now-closeCall) {
 		return false, true
 	}
-	return true, !last.deadline.passed(w.now + w.slack + guessMargin)
+	return true, !base.deadline.passed(e.now + e.uncertainty + guessMargin)
 }
 
-// ops is the value of headerOp for what is written on top of last.
-func (w entryWriter) ops(last *record) string {
-	if !w.chained || last.revision == 0 || last.op == "" {
-		return w.op
-	}
-	return w.op + " " + last.op
-}
-
-// created is the value of headerCreated for what is written on top of last.
-func (w entryWriter) created(last *record) string {
-	b := make([]byte, 0, 48)
-	if lasting, _ := w.lasts(last); !lasting {
-		return string(strconv.AppendInt(b, int64(w.now), 10))
-	}
-	b = strconv.AppendInt(b, int64(last.created), 10)
-	if last.deadline != 0 {
-		b = strconv.AppendInt(append(b, ' '), int64(last.deadline), 10)
-	}
-	return string(b)
-}
-
-// marker returns the message that deletes the key.
-func (w entryWriter) marker(last *record, life time.Duration) (*nats.Msg, record) {
-	hdr := nats.Header{
-		headerOp:        {w.ops(last)},
-		headerExpected:  {strconv.FormatUint(last.revision, 10)},
-		headerOperation: {"PURGE"},
-		headerCreated:   {w.created(last)},
-		headerTTL:       {strconv.FormatInt(int64(life/time.Second), 10)},
-	}
-	if w.rollup {
-		hdr[headerRollup] = []string{"sub"}
-	}
-	return &nats.Msg{Subject: w.subject, Header: hdr}, record{deleted: true, op: w.op, entry: entry{modified: w.now}}
-}
+// guessMargin is how long before its deadline an estimated record is not good
+// enough: the deadline must not pass while a write that relies on it is on its
+// way.
+const guessMargin = timestamp(200 * time.Millisecond)
 
 // A storedMsg is a message as the stream's leader returns it.
 type storedMsg struct {
@@ -276,36 +341,42 @@ type storedMsg struct {
 	Time    time.Time `json:"time"`
 }
 
-func (m *storedMsg) record(maxAge time.Duration) (record, error) {
+// record reads the message. Headers that cannot be read count as absent.
+func (m *storedMsg) record(maxAge time.Duration) record {
 	var hdr nats.Header
 	if len(m.Header) > 0 {
-		var err error
-		if hdr, err = nats.DecodeHeadersMsg(m.Header); err != nil {
-			return record{}, err
+		hdr, _ = nats.DecodeHeadersMsg(m.Header)
+	}
+	return decode(hdr, m.Data, m.Seq, timestamp(m.Time.UnixNano()), maxAge)
+}
+
+// directRecord reads the answer to a direct get, if it is a message of the
+// stream: a mirror answers as well, and lags. The server's headers follow those
+// that were stored, and names may repeat.
+func directRecord(msg *nats.Msg, stream string, maxAge time.Duration) (record, bool) {
+	last := func(name string) string {
+		if values := msg.Header[name]; len(values) > 0 {
+			return values[len(values)-1]
 		}
+		return ""
 	}
-	return decode(hdr, m.Data, m.Seq, timestamp(m.Time.UnixNano()), maxAge), nil
+	seq, err := strconv.ParseUint(last("Nats-Sequence"), 10, 64)
+	if err != nil || last("Nats-Stream") != stream {
+		return record{}, false
+	}
+	written, err := time.Parse(time.RFC3339Nano, last("Nats-Time-Stamp"))
+	if err != nil {
+		return record{}, false
+	}
+	return decode(msg.Header, msg.Data, seq, timestamp(written.UnixNano()), maxAge), true
 }
 
-// directRecord reads the answer to a direct get.
-func directRecord(msg *nats.Msg, maxAge time.Duration) (record, error) {
-	seq, err := strconv.ParseUint(msg.Header.Get("Nats-Sequence"), 10, 64)
-	if err != nil {
-		return record{}, err
-	}
-	written, err := time.Parse(time.RFC3339Nano, msg.Header.Get("Nats-Time-Stamp"))
-	if err != nil {
-		return record{}, err
-	}
-	return decode(msg.Header, msg.Data, seq, timestamp(written.UnixNano()), maxAge), nil
-}
-
-// A delivery tells of a message that a consumer delivered what the message
-// itself does not.
+// A delivery is what a consumer says about a message that it delivers.
 type delivery struct {
 	seq     uint64 // in the stream
 	count   uint64 // how many the consumer has delivered
 	written timestamp
+	pending uint64 // how many there were behind it
 }
 
 // parseDelivery reads the reply subject of a delivered message, which is
@@ -332,27 +403,31 @@ func parseDelivery(reply string) (d delivery, ok bool) {
 	}
 	seq, rest, _ := strings.Cut(rest, ".")
 	count, rest, _ := strings.Cut(rest, ".")
-	written, _, _ := strings.Cut(rest, ".")
+	written, rest, _ := strings.Cut(rest, ".")
+	pending, _, _ := strings.Cut(rest, ".")
 	var err1, err2 error
 	d.seq, err1 = strconv.ParseUint(seq, 10, 64)
 	d.count, err2 = strconv.ParseUint(count, 10, 64)
 	at, err3 := strconv.ParseInt(written, 10, 64)
 	d.written = timestamp(at)
+	d.pending, _ = strconv.ParseUint(pending, 10, 64)
 	return d, err1 == nil && err2 == nil && err3 == nil
 }
 
-// A leaseValue is the value of a lock's record. It is for people to read; what
-// tells holders apart is the record's operation id.
+// A leaseValue is the value of a lock's record. It is for LockHolder and for
+// people; what tells holders apart is the record's operation id. Token is that
+// of the acquisition, 0 in the acquisition itself, and always as long, so that
+// a refresh takes no more room than what it replaces.
 type leaseValue struct {
 	Owner string `json:"owner"`
-	Nonce string `json:"nonce"`
 	TTL   string `json:"ttl"`
+	Token string `json:"token"`
 }
 
 func (v leaseValue) encode() []byte {
 	b, err := json.Marshal(v)
 	if err != nil {
-		panic(err) // three strings always can be
+		panic(err) // three strings can always be encoded
 	}
 	return b
 }

@@ -3,18 +3,23 @@ package state
 import (
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
 
-	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 // locksSuffix ends the name of the bucket that holds the locks of another.
 const locksSuffix = "-locks"
+
+// lockSettingsLife is how old the settings of the bucket of locks may be when a
+// lock is granted: an operator may have made it unfit for locks.
+const lockSettingsLife = time.Minute
 
 // A lockBucket holds the records of locks, in a bucket of their own beside the
 // data: a name space of its own, whose traffic no watch sees, and in which any
@@ -29,22 +34,29 @@ type lockBucket struct {
 	bucket *bucket    // nil until the first Lock
 }
 
-// open returns the bucket, which the first Lock creates like the data's.
-func (l *lockBucket) open(c *call, data *bucket) (*bucket, error) {
+// open returns the bucket, which the first Lock creates with the replicas of the
+// data's. It is always on disk.
+func (l *lockBucket) open(t *retryBudget, data *bucket) (*bucket, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.bucket != nil {
-		return l.bucket, nil
+	if b := l.bucket; b != nil {
+		s := b.settings.Load()
+		if time.Since(s.checked) > lockSettingsLife {
+			b.check()
+		}
+		return b, b.suitable(&s.streamConfig)
 	}
-	setup := data.setup.Load()
-	b := newBucket(data.link, data.name+locksSuffix)
-	if err := b.open(c, bucketWant{replicas: setup.Replicas, storage: setup.Storage}); err != nil {
+	b := newBucket(data.requester, data.name+locksSuffix, bucketWant{
+		replicas: data.settings.Load().Replicas, locks: true,
+	})
+	if err := b.open(t); err != nil {
 		return nil, fmt.Errorf("bucket %q: %w", b.name, err)
 	}
 	l.bucket = b
 	return b, nil
 }
 
+// forget has the bucket made anew.
 func (l *lockBucket) forget(b *bucket) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -55,165 +67,167 @@ func (l *lockBucket) forget(b *bucket) {
 
 // A natsLessor is a lessor for the locks that are kept in a bucket.
 type natsLessor struct {
-	s *NATSStore
+	s *natsCore
 	b *bucket
 }
 
-// Lock implements [StateStore]. The lock is a [Fenced]. Somebody who should not
-// hold it any more can be deposed by deleting the key from the bucket of locks.
-func (s *NATSStore) Lock(key string, ttl time.Duration) (Lock, error) {
-	if err := s.begin(); err != nil {
-		return nil, err
-	}
-	if err := validateLock(key, ttl); err != nil {
-		return nil, err
-	}
-	c := newCall(context.Background())
-	b, err := s.locks.open(c, s.data)
-	if err != nil {
-		return nil, opError("lock", key, err)
-	}
-	l, err := s.acquire(c, b, key, ttl)
-	if err != nil {
-		if errors.Is(err, nats.ErrNoResponders) {
-			s.locks.forget(b) // it may be gone, and is made anew next time
+// lock acquires a lock that is free. If it is not, the record of its holder
+// says until when.
+func (s *natsCore) lock(ctx context.Context, key string, ttl time.Duration) (l *lease, holder record, err error) {
+	t := newBudget(ctx)
+	for again := false; ; again = true {
+		b, err := s.locks.open(t, s.data)
+		if err != nil {
+			return nil, record{}, err
 		}
-		return nil, opError("lock", key, err)
+		l, holder, err = s.acquire(ctx, t, b, key, ttl)
+		if !errors.Is(err, jetstream.ErrBucketNotFound) || again {
+			return l, holder, err
+		}
+		s.locks.forget(b) // somebody has deleted it
 	}
-	return l.handOver()
 }
 
-func (s *NATSStore) acquire(c *call, b *bucket, key string, ttl time.Duration) (*lease, error) {
-	if err := b.turns.take(key); err != nil {
-		return nil, err
-	}
-	defer b.turns.give(key)
-
+func (s *natsCore) acquire(ctx context.Context, t *retryBudget, b *bucket, key string, ttl time.Duration) (*lease, record, error) {
 	// A release is worth remembering; whether a lease has lapsed, only the
-	// server tells.
-	last := b.known.recall(key)
-	if last == nil || !last.deleted {
-		last = &record{}
+	// server knows.
+	base := b.known(key)
+	if !base.deleted {
+		base = record{}
 	}
 	owner := rand.Text()
-	var asked time.Time
-	acquire := func(c *call, last *record, w entryWriter) (*nats.Msg, record, error) {
-		if b.exists(c, last) {
-			return nil, record{}, ErrLockHeld
+	m := mutation{key: key, op: owner + ".0", value: s.leaseData(ttl, 0), ttl: ttl}
+	for {
+		asked := time.Now()
+		r, err := b.commit(t, m, base, ifUnchanged)
+		if err == nil {
+			l := newLease(ctx, natsLessor{s, b}, key, ttl, asked, r.revision)
+			l.owner = owner
+			return l, record{}, nil
 		}
-		if !w.doubtful {
-			asked = time.Now()
+		if err != errMoved {
+			return nil, record{}, err
 		}
-		msg, next := w.value(last, leaseData(owner, ttl), ttl)
-		return msg, next, nil
+		if base, err = b.leaderLast(t, key); err != nil {
+			return nil, record{}, err
+		}
+		b.cache.learn(key, base)
+		if b.exists(t, &base) || t.left() <= minAttempt {
+			return nil, base, ErrLockHeld
+		}
 	}
-	r, err := b.commit(c, write{key: key, op: owner + ".0", last: last, decide: acquire, idempotent: true})
+}
+
+// leaseData is the value of a lease's record.
+func (s *natsCore) leaseData(ttl time.Duration, token uint64) []byte {
+	return leaseValue{Owner: s.owner, TTL: ttl.String(), Token: padded(token)}.encode()
+}
+
+// holderOf returns who made the acquisition that a record belongs to.
+func holderOf(op string) string {
+	owner, _, _ := strings.Cut(op, ".")
+	return owner
+}
+
+// info returns what a lock's record says of its holder.
+func (r *record) lockInfo(key string) *LockInfo {
+	info := &LockInfo{Key: key, Token: r.revision, Expires: r.deadline.time()}
+	var v leaseValue
+	if json.Unmarshal(r.value, &v) == nil {
+		info.Owner = v.Owner
+		if token, err := strconv.ParseUint(v.Token, 10, 64); err == nil && token != 0 {
+			info.Token = token
+		}
+	}
+	return info
+}
+
+// holder returns the record of a lock that is held, or ErrNotFound. Where there
+// is no bucket, nothing was ever locked.
+func (s *natsCore) holder(t *retryBudget, key string) (record, error) {
+	s.locks.mu.Lock()
+	b := s.locks.bucket
+	s.locks.mu.Unlock()
+	if b == nil {
+		b = newBucket(s.data.requester, s.data.name+locksSuffix, bucketWant{locks: true})
+		if _, err := b.info(t); err != nil {
+			return record{}, notFoundIfGone(err)
+		}
+	}
+	r, err := b.leaderLast(t, key)
 	if err != nil {
-		return nil, err
+		return record{}, notFoundIfGone(err)
 	}
-	l := newLease(natsLessor{s, b}, key, ttl, asked, r.revision)
-	l.owner = owner
-	return l, nil
+	if !b.exists(t, &r) {
+		return record{}, ErrNotFound
+	}
+	return r, nil
 }
 
-// onRelease listens for what is published to the lock's subject, on its way to
-// the bucket. It needs no consumer, and whoever may not listen just waits.
-func (s *NATSStore) onRelease(key string) (<-chan struct{}, func()) {
-	released := make(chan struct{}, 1)
-	sub, err := s.nc.Subscribe("$KV."+s.data.name+locksSuffix+"."+key, func(msg *nats.Msg) {
-		if msg.Header.Get(headerOperation) == "" {
-			return
-		}
-		select {
-		case released <- struct{}{}:
-		default:
-		}
-	})
-	if err != nil {
-		return released, func() {}
+func notFoundIfGone(err error) error {
+	if errors.Is(err, jetstream.ErrBucketNotFound) {
+		return ErrNotFound
 	}
-	return released, func() { _ = sub.Unsubscribe() }
+	return err
 }
 
-// leaseData is the value of a lease's record, which is for people to read.
-func leaseData(owner string, ttl time.Duration) []byte {
-	host, _ := os.Hostname()
-	return leaseValue{Owner: fmt.Sprintf("%s:%d", host, os.Getpid()), Nonce: owner, TTL: ttl.String()}.encode()
-}
-
-// renew writes the next record of a lease on top of its last one. While it is
-// not sure which that is, the server is asked first.
-func (n natsLessor) renew(l *lease, decide decision) (record, error) {
-	if err := n.b.turns.take(l.key); err != nil {
-		return record{}, err
-	}
-	defer n.b.turns.give(l.key)
+// write writes the next record of a lease on top of its last one. While it is
+// not sure which that is, it reads it first. It returns errMoved if the last
+// record is not the lease's.
+func (n natsLessor) write(t *retryBudget, l *lease, m mutation) (record, error) {
 	l.writes++
-	op := fmt.Sprintf("%s.%d", l.owner, l.writes)
-	last := &record{
-		entry:    entry{revision: l.revision},
-		deadline: n.b.clock.now().deadline(time.Until(l.until)),
-		op:       op,
-	}
+	m.key, m.op = l.key, fmt.Sprintf("%s.%d", l.owner, l.writes)
+	base := record{entry: entry{revision: l.revision}}
 	if l.unsure {
-		last = nil
-	}
-	own := func(c *call, last *record, w entryWriter) (*nats.Msg, record, error) {
-		if owner, _, _ := strings.Cut(last.op, "."); owner != l.owner {
-			if w.doubtful && time.Now().Before(l.until) {
-				// Nobody else can have got it before the lease's end, unless
-				// the attempt whose answer was lost has released it.
-				return nil, record{}, errReleased
-			}
-			return nil, record{}, errNothing
+		var err error
+		if base, err = n.b.leaderLast(t, l.key); err != nil {
+			return record{}, err
 		}
-		return decide(c, last, w)
+		if holderOf(base.op) != l.owner {
+			return record{}, errMoved
+		}
+		if base.deleted {
+			return base, nil // an earlier attempt of Unlock did it
+		}
 	}
-	return n.b.commit(newCall(context.Background()), write{
-		key: l.key, op: op, last: last, decide: own, idempotent: true,
-	})
+	return n.b.commit(t, m, base, ifUnchanged)
 }
 
-func (n natsLessor) extend(l *lease) error {
-	if err := n.s.begin(); err != nil {
-		return err
+func (n natsLessor) extend(ctx context.Context, l *lease) error {
+	if n.s.data.life.Err() != nil {
+		return ErrClosed
 	}
-	r, err := n.renew(l, func(c *call, last *record, w entryWriter) (*nats.Msg, record, error) {
-		if !n.b.exists(c, last) {
-			return nil, record{}, errNothing
-		}
-		msg, next := w.value(last, leaseData(l.owner, l.ttl), l.ttl)
-		return msg, next, nil
-	})
+	r, err := n.write(newBudget(ctx), l, mutation{value: n.s.leaseData(l.ttl, l.token), ttl: l.ttl})
 	switch {
+	case err == nil && r.deleted, err == errMoved, errors.Is(err, jetstream.ErrBucketNotFound):
+		n.s.data.log.Warn("state: a lease was lost", "lock", l.key, "token", l.token)
+		return ErrLockExpired
 	case err == nil:
 		l.revision, l.unsure = r.revision, false
 		return nil
-	case err == errNothing, err == errReleased:
-		return ErrLockExpired
 	}
 	l.unsure = true
 	return opError("refresh", l.key, err)
 }
 
-func (n natsLessor) release(l *lease) error {
-	_, err := n.renew(l, func(c *call, last *record, w entryWriter) (*nats.Msg, record, error) {
-		if last.deleted {
-			// An earlier attempt of ours did it, unless somebody else did.
-			return nil, record{}, errReleased
+func (n natsLessor) release(ctx context.Context, l *lease) error {
+	if n.s.data.life.Err() != nil {
+		// The store was closed, and its requester with it.
+		r, err := newRequester(n.s.cfg)
+		if err != nil {
+			return opError("unlock", l.key, err)
 		}
-		msg, next := w.marker(last, coverLife)
-		return msg, next, nil
-	})
-	switch err {
-	case nil, errReleased:
+		defer r.stop()
+		n.b = n.b.on(r)
+	}
+	_, err := n.write(newBudget(ctx), l, mutation{marker: true, ttl: minTombstoneTTL})
+	switch {
+	case err == nil:
+		n.s.waits.released(l.key)
 		return nil
-	case errNothing:
+	case err == errMoved, errors.Is(err, jetstream.ErrBucketNotFound):
 		return ErrLockNotHeld
 	}
 	l.unsure = true
 	return opError("unlock", l.key, err)
 }
-
-// errReleased is the decision of a release that finds it done.
-var errReleased = errors.New("released already")

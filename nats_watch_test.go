@@ -48,8 +48,6 @@ func (r *recorder) add(kv *KeyValue) {
 	case kv.Revision < last.Revision,
 		kv.Revision == last.Revision && (last.Operation == OpDelete || kv.Operation == OpPut):
 		r.breaks("%s at revision %d came after %s at revision %d", brief(kv), kv.Revision, brief(last), last.Revision)
-	case kv.Operation == OpDelete && last.Operation == OpDelete:
-		r.breaks("%s was told twice, at revisions %d and %d", brief(kv), last.Revision, kv.Revision)
 	case kv.Operation == OpPut && last.Operation == OpDelete && kv.Revision > last.Revision && kv.Modified.Before(last.Modified):
 		r.breaks("%s was told as gone at %v, but was written in time, at %v", kv.Key, last.Modified, kv.Modified)
 	}
@@ -184,7 +182,7 @@ func TestWatchOutlivesCuts(t *testing.T) {
 				if round%2 != 0 {
 					continue
 				}
-				_, err := other.nc.Request("$JS.API.STREAM.PURGE.KV_b", fmt.Appendf(nil, `{"filter":"$KV.b.k.old.%d"}`, n), time.Second)
+				_, err := other.data.nc.Request("$JS.API.STREAM.PURGE.KV_b", fmt.Appendf(nil, `{"filter":"$KV.b.k.old.%d"}`, n), time.Second)
 				require.NoError(t, err)
 			case 3:
 				require.NoError(t, other.Put(fmt.Sprintf("k.old.%d", n), []byte("again"), 0))
@@ -209,7 +207,7 @@ func TestWatchRefreshRemoved(t *testing.T) {
 	s, p := viaProxy(t, srv.ClientURL(), "b", 1)
 	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
 	ctx := context.Background()
-	stream, err := newJetStream(t, other.nc).Stream(ctx, "KV_b")
+	stream, err := newJetStream(t, other.data.nc).Stream(ctx, "KV_b")
 	require.NoError(t, err)
 	for round := range 5 {
 		events := mustWatch(t, s, "k")
@@ -275,7 +273,7 @@ func TestWatchOnReplicas(t *testing.T) {
 	}
 	for range 3 {
 		time.Sleep(400 * time.Millisecond)
-		c.stepDown(t, watcher.nc, "b")
+		c.stepDown(t, watcher.data.nc, "b")
 	}
 	time.Sleep(300 * time.Millisecond)
 	for i := 2; i > 0; i-- { // not the one that the watcher is connected to
@@ -293,89 +291,6 @@ func TestWatchOnReplicas(t *testing.T) {
 	t.Logf("%d events", all[0].count())
 }
 
-// TestHearsay: which of the writes that were overheard became the revision that
-// was replaced.
-func TestHearsay(t *testing.T) {
-	listening := func() *hearsay {
-		return &hearsay{b: &bucket{prefix: "$KV.b."}, pattern: pattern{wild: true}, news: make(chan struct{}, 1), keys: map[string]*rumours{}}
-	}
-	write := func(on uint64, op, value string) *nats.Msg {
-		return &nats.Msg{Subject: "$KV.b.k", Data: []byte(value), Header: nats.Header{
-			headerExpected: {fmt.Sprint(on)}, headerOp: {op}, headerCreated: {"1000"},
-		}}
-	}
-	told := func(h *hearsay, since uint64, delivered *nats.Msg) (all []string) {
-		for _, m := range h.missed(context.Background(), "k", since, delivered) {
-			all = append(all, fmt.Sprintf("%d %s", m.revision, m.msg.Data))
-		}
-		return all
-	}
-
-	h := listening()
-	for _, msg := range []*nats.Msg{
-		write(5, "a1", "first"), write(5, "b1", "beaten"), write(7, "b1+2 a1", "second"), write(9, "c1 b1+2", "third"),
-	} {
-		h.hear(msg)
-	}
-	last := write(12, "a2 c1", "last")
-	h.hear(last)
-	assert.Equal(t, []string{"7 first", "9 second", "12 third"}, told(h, 5, last))
-	assert.Equal(t, []string{"12 third"}, told(h, 9, last))
-	h.settle("k", 14, 2000)
-	assert.Empty(t, told(h, 0, write(14, "c2 a2", "next")), "what is told is told")
-	h.hear(write(9, "d1", "late"))
-	assert.Empty(t, h.keys["k"].heard, "it cannot be accepted any more")
-	assert.Zero(t, h.size)
-
-	// The attempt that was accepted is the last to arrive.
-	h = listening()
-	h.hear(write(5, "a1", "beaten"))
-	time.AfterFunc(rumourDelay/10, func() { h.hear(write(7, "a1+2", "accepted")) })
-	assert.Equal(t, []string{"9 accepted"}, told(h, 7, write(9, "b1 a1+2", "next")))
-
-	// When it was written is estimated, but not whether the key was a new one.
-	ttl := func(msg *nats.Msg, created string) *nats.Msg {
-		msg.Header.Set(headerCreated, created)
-		msg.Header.Set(headerTTL, "1")
-		return msg
-	}
-	for created, want := range map[string]timestamp{
-		"1000 9000": 3000, // refreshed again: after what was told
-		"6000 9000": 6000, // the key was made then, since the deadline had passed
-		"7000":      3000, // it is not known
-	} {
-		for _, heard := range []timestamp{2000, 3500} {
-			w := rumour{msg: ttl(write(5, "a1", ""), "1000 4000"), at: heard}
-			want := max(want, heard)
-			if created == "6000 9000" {
-				want = 6000
-			}
-			assert.Equal(t, want, w.written(3000, ttl(write(7, "b1 a1", ""), created).Header), "%s, heard at %d", created, heard)
-		}
-	}
-	w := rumour{msg: ttl(write(5, "a1", ""), "1000 4000"), at: 8000}
-	assert.Equal(t, timestamp(3999), w.written(3000, ttl(write(7, "b1 a1", ""), "1000 9000").Header), "heard late")
-
-	// What does not arrive is waited for once, and what did arrive is told.
-	h = listening()
-	h.hear(write(9, "b1 a1", "heard"))
-	next := write(11, "c1 b1", "next")
-	assert.Equal(t, []string{"11 heard"}, told(h, 5, next))
-	began := time.Now()
-	assert.Equal(t, []string{"11 heard"}, told(h, 5, next))
-	assert.Less(t, time.Since(began), rumourDelay/2)
-
-	// What the watch is not to tell, or cannot have heard, is not waited for.
-	h = listening()
-	h.start, h.from = 10, 10
-	began = time.Now()
-	assert.Empty(t, told(h, 0, write(10, "b1 a1", "next")))
-	assert.Empty(t, told(h, 0, write(12, "b1", "replaces somebody else's")))
-	h.from = 20
-	assert.Empty(t, told(h, 0, write(15, "b1 a1", "after a cut")))
-	assert.Less(t, time.Since(began), rumourDelay/2)
-}
-
 // onReplicas runs a test on one server and on three, with two stores that are
 // not on the same of these.
 func onReplicas(t *testing.T, test func(t *testing.T, writer, watcher *NATSStore)) {
@@ -388,18 +303,12 @@ func onReplicas(t *testing.T, test func(t *testing.T, writer, watcher *NATSStore
 	}
 }
 
-// TestWatchBurst: clients change one key as fast as they can. Every revision is
-// told, though the server's consumer, which comes after, finds only some.
+// TestWatchBurst: clients change one key as fast as they can. States that were
+// replaced before the server's consumer came to them may be skipped; what is
+// delivered is exact and in order, and the last state arrives.
 func TestWatchBurst(t *testing.T) {
 	t.Parallel()
 	onReplicas(t, func(t *testing.T, writer, watcher *NATSStore) {
-		passing, err := watcher.nc.SubscribeSync("passing")
-		require.NoError(t, err)
-		eventually(t, func() bool {
-			require.NoError(t, writer.nc.Publish("passing", nil))
-			_, err := passing.NextMsg(20 * time.Millisecond)
-			return err == nil
-		}, "a message between the servers, which have only just met")
 		r := recordEvents(t, mustWatch(t, watcher, "k*"))
 		const each = 1000
 		var wg sync.WaitGroup
@@ -421,19 +330,17 @@ func TestWatchBurst(t *testing.T) {
 		r.agrees(watcher, "*")
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		told := map[string]int{}
+		delivered := map[string]int{}
 		modified := time.Time{}
-		for i, kv := range r.events {
-			require.Equal(t, uint64(i+1), kv.Revision)
+		for _, kv := range r.events {
 			require.False(t, kv.Modified.Before(modified), "revision %d was written before the one before", kv.Revision)
 			modified = kv.Modified
-			told[string(kv.Value)]++
-		}
-		for w := range 2 {
-			for i := range each {
-				require.Equal(t, 1, told[string(fmt.Append(nil, w, i))], "of client %d's change %d", w, i)
+			if kv.Operation == OpPut {
+				delivered[string(kv.Value)]++
+				require.Equal(t, 1, delivered[string(kv.Value)], "of %s", kv.Value)
 			}
 		}
+		require.Equal(t, mustGet(t, watcher, "k"), r.last["k"], "what is delivered is the entry")
 		t.Logf("%d events", len(r.events))
 	})
 }
@@ -462,7 +369,7 @@ func TestWatchRefreshedAtTheDeadline(t *testing.T) {
 // leaderSince tells one leader's term from another's.
 func leaderSince(t *testing.T, s *NATSStore) string {
 	t.Helper()
-	answer, err := s.nc.Request("$JS.API.STREAM.INFO.KV_b", nil, 10*time.Second)
+	answer, err := s.data.nc.Request("$JS.API.STREAM.INFO.KV_b", nil, 10*time.Second)
 	require.NoError(t, err)
 	var info struct {
 		Cluster struct {
@@ -479,7 +386,7 @@ func refreshAtTheDeadline(t *testing.T, writer, watcher *NATSStore) []string {
 	const ttl = 50 * time.Millisecond
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	events, err := watcher.WatchContext(ctx, "k.*")
+	events, err := watcher.WithContext(ctx).Watch("k.*")
 	require.NoError(t, err)
 	r := recordEvents(t, events)
 	var wg sync.WaitGroup
@@ -606,7 +513,7 @@ func TestNothingIsLeftBehind(t *testing.T) {
 
 	ctx, cancel := context.WithCancel(context.Background())
 	for i := range 30 {
-		_, err := s.WatchContext(ctx, fmt.Sprint("k.", i))
+		_, err := s.WithContext(ctx).Watch(fmt.Sprint("k.", i))
 		require.NoError(t, err)
 		mustWatch(t, s, "*")
 		_, err = s.Keys("*")
@@ -621,7 +528,7 @@ func TestNothingIsLeftBehind(t *testing.T) {
 		require.NoError(t, err)
 		return stream.CachedInfo().State.Consumers
 	}
-	eventually(t, func() bool { return count() == 30 }, "the consumers of cancelled watches are gone")
+	eventually(t, func() bool { return count() == 1 }, "one consumer is left, for the watches of one pattern")
 	require.NoError(t, s.Close())
 	eventually(t, func() bool { return count() == 0 }, "all consumers are gone")
 	eventually(t, func() bool { return runtime.NumGoroutine() <= before }, "all goroutines are gone")

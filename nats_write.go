@@ -2,9 +2,11 @@ package state
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -21,27 +23,340 @@ const (
 	conflicting         // refused: the key's last revision is another one
 	busy                // refused: another write to the key is under way
 	unavailable         // not stored; may be sent again
+	unfit               // not stored: the bucket is not as it was believed to be
 	refused             // not stored; sending it again is no use
 	lost                // stored or not, or not yet
 )
 
-// send has the server store a message, and returns its sequence or, if it was
-// conflicting, that of the key's last message, as far as the server told.
-func (b *bucket) send(c *call, msg *nats.Msg) (seq uint64, o outcome, err error) {
-	if b.nc.IsClosed() {
-		return 0, refused, nats.ErrConnectionClosed
+// errMoved is the error of a conditional write that came too late.
+var errMoved = errors.New("the key was written by somebody else")
+
+// put writes m.value to a key whatever it holds, in at most three requests
+// however many others write it: as a rule one, conditional on the record that
+// this client knows, so that what it carries of that record is right. Where
+// others write the key, too, it reads the key first and then writes without a
+// condition, because conditional writes starve beside faster ones.
+func (b *bucket) put(t *retryBudget, m mutation) (record, error) {
+	contested := b.cache.begin(m.key)
+	defer b.cache.end(m.key)
+	if base := b.known(m.key); !contested && b.certain(base) {
+		r, err := b.commit(t, m, base, ifUnchanged)
+		if err != errMoved {
+			return r, err
+		}
 	}
-	reply, err := b.ask(c, msg, 0)
+	base, err := b.contended(t, m.key)
+	if err != nil {
+		return record{}, err
+	}
+	return b.commit(t, m, base, always)
+}
+
+// remove deletes a key if it exists, in at most three requests, like put: it
+// first tries a marker that is conditional on what it knows or has just read.
+// The unconditional one that may follow deletes what was written in between.
+func (b *bucket) remove(t *retryBudget, m mutation) error {
+	contested := b.cache.begin(m.key)
+	defer b.cache.end(m.key)
+	base, read := b.known(m.key), false
+	if contested || !b.certain(base) || !base.exists(b.clock.now()) {
+		var err error
+		if base, err = b.contended(t, m.key); err != nil || !b.exists(t, &base) {
+			return err
+		}
+		read = true
+	}
+	_, err := b.commit(t, m, base, ifUnchanged)
+	if err == errMoved {
+		if !read {
+			if base, err = b.contended(t, m.key); err != nil || !b.exists(t, &base) {
+				return err
+			}
+		}
+		_, err = b.commit(t, m, base, always)
+	}
+	return b.evenIfFull(t, m, base, err)
+}
+
+// evenIfFull carries out a deletion that was refused because the bucket is
+// full: by the smallest marker there is and, if even that is too large, by a
+// purge of what was there, which leaves no marker.
+func (b *bucket) evenIfFull(t *retryBudget, m mutation, base record, err error) error {
+	if err != ErrStoreFull {
+		return err
+	}
+	small := &nats.Msg{Subject: b.route + b.prefix + m.key, Header: nats.Header{headerOperation: {"DEL"}, headerTTL: {seconds(m.ttl)}}}
+	seq, o, err := b.send(t, small, always)
+	switch o {
+	case stored:
+		b.cache.learn(m.key, record{entry: entry{revision: seq}, deleted: true})
+		return nil
+	case lost:
+		return unknownIf(err, nil)
+	}
+	purge := struct {
+		Filter string `json:"filter"`
+		UpTo   uint64 `json:"seq"`
+	}{b.prefix + m.key, base.revision + 1}
+	if err := b.streamCall(t, "STREAM.PURGE", b.stream, purge, nil); err != nil {
+		return fmt.Errorf("%w: %w", ErrStoreFull, err)
+	}
+	b.cache.forget(m.key)
+	return nil
+}
+
+// update writes m to a key whose current revision is the given one, 0 for a key
+// that does not exist. It costs one request where this client knows the key.
+func (b *bucket) update(t *retryBudget, m mutation, revision uint64) (record, error) {
+	base := b.known(m.key)
+	switch {
+	case revision == 0 && base.exists(b.clock.now()):
+		base = record{} // the server decides whether it still does
+	case revision != 0 && base.revision != revision, !b.certain(base):
+		var err error
+		if base, err = b.leaderLast(t, m.key); err != nil {
+			return record{}, err
+		}
+		b.cache.learn(m.key, base)
+	}
+	for {
+		current := base.revision
+		if current != 0 && !b.exists(t, &base) {
+			current = 0
+		}
+		if current != revision {
+			return record{}, ErrConflict
+		}
+		r, err := b.commit(t, m, base, ifUnchanged)
+		if err != errMoved {
+			return r, err
+		}
+		if revision != 0 {
+			return record{}, ErrConflict
+		}
+		// It exists, or what is left of it takes its place: a marker, or a value
+		// that has expired.
+		if base, err = b.leaderLast(t, m.key); err != nil {
+			return record{}, err
+		}
+		b.cache.learn(m.key, base)
+		if t.left() <= minAttempt {
+			return record{}, ErrConflict
+		}
+	}
+}
+
+// known returns the record that a write may be conditional on without asking:
+// zero for a key that is not known, which is tried as a new one.
+func (b *bucket) known(key string) record {
+	r := b.cache.recall(key)
+	if r.removal.passed(b.clock.now() - timestamp(2*time.Second)) {
+		return record{} // the server has removed it
+	}
+	return r
+}
+
+// contended reads a key that others write, too.
+func (b *bucket) contended(t *retryBudget, key string) (record, error) {
+	read := b.last
+	if b.cache.recall(key).revision == 0 {
+		read = b.leaderLast // it may not exist, and only the leader can say so
+	}
+	r, err := read(t, key)
+	if err != nil {
+		return record{}, err
+	}
+	b.cache.learn(key, r)
+	b.cache.contest(key, r.revision != 0 && !b.own(r.op))
+	return r, nil
+}
+
+// certain reports whether a record is exact enough to be replaced without
+// reading it first: the times of one that this client wrote are estimates.
+func (b *bucket) certain(r record) bool {
+	if !r.estimated || r.deleted {
+		return true
+	}
+	e, _ := b.current()
+	now, uncertainty, _ := b.clock.read(e)
+	return !r.uncertain && !r.deadline.passed(now+uncertainty+guessMargin)
+}
+
+// commit writes one message to a key whose last record is base. Its errors are
+// errMoved, if the precondition does not hold, ErrValueTooLarge, ErrStoreFull,
+// and failures; after these nothing was written, unless they wrap
+// ErrOutcomeUnknown.
+func (b *bucket) commit(t *retryBudget, m mutation, base record, pre precondition) (record, error) {
+	var (
+		inDoubt error // why an earlier attempt may have been stored, if one may
+		refits  int   // how often the bucket was made to fit
+		began   = time.Now()
+	)
+	for {
+		if err := b.waitForRemoval(t, base); err != nil {
+			return record{}, unknownIf(inDoubt, err)
+		}
+		msg, next, err := b.encode(m, base, pre)
+		if err != nil {
+			return record{}, unknownIf(inDoubt, err)
+		}
+		seq, o, err := b.send(t, msg, pre)
+		switch o {
+		case stored:
+			next.revision = seq
+			b.cache.wrote(m.key, next, pre)
+			return next, nil
+
+		case conflicting, busy:
+			if inDoubt == nil && o == conflicting {
+				b.stats.conflicts.Add(1)
+				b.cache.contest(m.key, true)
+				return record{}, errMoved
+			}
+			// The write that is in the way may be our own, earlier attempt.
+
+		case unavailable:
+			// Nobody took it. Is the bucket gone, or is nobody leading it?
+			if errors.Is(err, nats.ErrNoResponders) {
+				if _, gone := b.info(t); errors.Is(gone, jetstream.ErrBucketNotFound) {
+					return record{}, unknownIf(inDoubt, gone)
+				}
+			}
+			if !t.wait(b.life) {
+				return record{}, unknownIf(inDoubt, err)
+			}
+			b.stats.retries.Add(1)
+			continue
+
+		case unfit:
+			// The settings are not what they were, or the bucket is another one.
+			if refits++; refits > 2 {
+				return record{}, unknownIf(inDoubt, err)
+			}
+			if err := b.refresh(t); err != nil {
+				return record{}, unknownIf(inDoubt, err)
+			}
+			if known := b.cache.recall(m.key); known.revision < base.revision {
+				return record{}, b.moved(inDoubt) // it was made anew
+			}
+			continue
+
+		case refused:
+			return record{}, unknownIf(inDoubt, err)
+
+		case lost:
+			inDoubt = err
+		}
+
+		// An attempt may have been stored. Look at what is there.
+		if inDoubt != nil || o == busy {
+			found, err := b.leaderLast(t, m.key)
+			switch {
+			case errors.Is(err, jetstream.ErrBucketNotFound):
+				return record{}, err // whatever became of it, it is gone
+			case err != nil:
+				return record{}, unknownIf(inDoubt, err)
+			case found.op == m.op:
+				b.cache.learn(m.key, found)
+				return found, nil
+			case inDoubt == nil && found.revision != base.revision:
+				b.stats.conflicts.Add(1)
+				b.cache.contest(m.key, true)
+				return record{}, errMoved
+			case inDoubt != nil && (pre == always || found.revision != base.revision || m.ttl > 0 && time.Since(began) >= m.ttl):
+				// It may have been replaced, or have expired, or be under way.
+				b.cache.learn(m.key, found)
+				return record{}, unknownIf(inDoubt, nil)
+			}
+			// Nothing has changed: another attempt on the same revision can only
+			// be stored if no earlier one ever is.
+			if !t.wait(b.life) {
+				if err = b.ended(t); err == nil {
+					err = errBusy
+				}
+				return record{}, unknownIf(inDoubt, err)
+			}
+			b.stats.retries.Add(1)
+		}
+	}
+}
+
+var errBusy = errors.New("another write to the key is under way, and does not end")
+
+// moved is what a write is told whose base is gone.
+func (b *bucket) moved(inDoubt error) error {
+	if inDoubt != nil {
+		return unknownIf(inDoubt, nil)
+	}
+	return errMoved
+}
+
+// unknownIf returns err, unless an earlier attempt is in doubt: then the write's
+// outcome is unknown.
+func unknownIf(inDoubt, err error) error {
+	switch {
+	case inDoubt == nil:
+		return err
+	case err == ErrClosed:
+		return fmt.Errorf("%w: %w", ErrOutcomeUnknown, ErrClosed)
+	}
+	return fmt.Errorf("%w: %w", ErrOutcomeUnknown, inDoubt)
+}
+
+// waitForRemoval waits until the server has removed a record that it is about to
+// replace by a marker of its own: that would remove what is written meanwhile,
+// too.
+func (b *bucket) waitForRemoval(t *retryBudget, base record) error {
+	for b.settings.Load().MarkerTTL > 0 && base.leaving(b.clock.now()) {
+		timer := time.NewTimer(100 * time.Millisecond)
+		select {
+		case <-timer.C:
+		case <-t.ctx.Done():
+		case <-b.life.Done():
+		}
+		timer.Stop()
+		if err := b.ended(t); err != nil {
+			return err
+		}
+		if t.left() <= 0 {
+			return errLeaving
+		}
+	}
+	return nil
+}
+
+var errLeaving = errors.New("the server is about to remove the key's last value, and does not")
+
+// encode makes the message for a mutation, within the bucket's limit.
+func (b *bucket) encode(m mutation, base record, pre precondition) (*nats.Msg, record, error) {
+	s := b.settings.Load()
+	e := encoder{rollup: s.rollup(), markers: s.MarkerTTL > 0, grace: expiryGrace, fixed: b.want.locks}
+	if b.want.locks {
+		e.grace = 0 // nobody watches them
+	}
+	at, _ := b.current()
+	e.now, e.uncertainty, _ = b.clock.read(at)
+	hdr, next := e.encode(m, base, pre)
+	if s.MaxMsgSize > 0 && !m.marker && hdr.size()+len(m.value) > int(s.MaxMsgSize) {
+		return nil, record{}, ErrValueTooLarge
+	}
+	return &nats.Msg{Subject: b.route + b.prefix + m.key, Header: hdr.Header, Data: m.value}, next, nil
+}
+
+// send has the server store a message, and returns its sequence.
+func (b *bucket) send(t *retryBudget, msg *nats.Msg, pre precondition) (seq uint64, o outcome, err error) {
+	rep := resolvable
+	if pre == always {
+		rep = once
+	}
+	reply, sent, err := b.do(t, msg, rep)
 	if err != nil {
 		switch {
-		case errors.Is(err, nats.ErrNoResponders), errors.Is(err, nats.ErrReconnectBufExceeded):
+		case errors.Is(err, nats.ErrNoResponders):
 			return 0, unavailable, err
 		case errors.Is(err, nats.ErrMaxPayload):
 			return 0, refused, ErrValueTooLarge
-		case errors.Is(err, nats.ErrPermissionViolation) && strings.Contains(err.Error(), msg.Subject):
-			return 0, refused, err
-		case errors.Is(err, nats.ErrConnectionDraining), errors.Is(err, nats.ErrBadSubject),
-			errors.Is(err, nats.ErrHeadersNotSupported):
+		case !sent:
 			return 0, refused, err
 		}
 		return 0, lost, err
@@ -59,22 +374,31 @@ func (b *bucket) send(c *call, msg *nats.Msg) (seq uint64, o outcome, err error)
 	if ack.Error == nil {
 		return ack.Seq, stored, nil
 	}
-	switch ack.Error.ErrorCode {
+	o, err = refusal(ack.Error)
+	return 0, o, err
+}
+
+// refusal classifies the server's reason for not storing a message.
+func refusal(e *jetstream.APIError) (outcome, error) {
+	switch e.ErrorCode {
 	case codeWrongSequence:
-		_, text, _ := strings.Cut(ack.Error.Description, ": ")
-		last, err := strconv.ParseUint(text, 10, 64)
-		if err != nil {
-			last = ^uint64(0) // it did not tell
-		}
-		return last, conflicting, ack.Error
+		return conflicting, e
 	case codeWriteInFlight:
-		return 0, busy, ack.Error
-	case codeUnavailable:
-		return 0, unavailable, ack.Error
+		return busy, e
+	case codeUnavailable, codeTooManyPending, codeOffline, codeStreamOffline:
+		return unavailable, e
+	case codeNoMessageTTL, codeNoRollup:
+		return unfit, e
 	case codeTooLarge:
-		return 0, refused, ErrValueTooLarge
+		return refused, ErrValueTooLarge
+	case codeAccountFull, codeMemoryFull:
+		return refused, ErrStoreFull
+	case codeStreamFailed:
+		if strings.Contains(e.Description, "maximum") {
+			return refused, ErrStoreFull // of bytes, or of messages
+		}
 	}
-	return 0, refused, ack.Error
+	return refused, e
 }
 
 // ackedSeq reads an acknowledgement as servers write it,
@@ -102,139 +426,56 @@ func ackedSeq(ack []byte) (seq uint64, ok bool) {
 	return 0, false
 }
 
-// A decision makes the message to be written on top of a key's last record, or
-// returns the error for which nothing is written. The record that it returns is
-// what the message will be, as far as that is known before.
-type decision func(c *call, last *record, w entryWriter) (*nats.Msg, record, error)
-
-var errLeaving = errors.New("the server is about to remove the key's last value, and has not")
-
-// certain returns r, unless what is only guessed of it matters now.
-func (b *bucket) certain(r *record) *record {
-	if r == nil || !r.guessed {
-		return r
-	}
-	if now, slack, _ := b.clock.read(b.nc); r.unsure || r.deadline.passed(now+slack+guessMargin) {
-		return nil
-	}
-	return r
+// A probe asks the leader for the last sequence of a key, by a write that cannot
+// be stored: the refusal names the sequence, or says that a write to the key is
+// under way, which no read shows. It costs the leader a look at its index.
+func (b *bucket) probe(key string) *nats.Msg {
+	return &nats.Msg{Subject: b.route + b.prefix + ":probe", Header: nats.Header{
+		headerExpected:        {"9223372036854775807"},
+		headerExpectedSubject: {b.prefix + key},
+	}}
 }
 
-// guessMargin is how long before its deadline a guess is not good enough: the
-// deadline must not pass while a write that takes it for granted is on its way.
-const guessMargin = timestamp(200 * time.Millisecond)
-
-// A write is what commit is to do.
-type write struct {
-	key    string
-	op     string   // its id, which no other write has
-	last   *record  // what is believed to be the key's last record; nil if nothing is
-	decide decision // may be called several times
-	// chained says that what is written tells what it replaced.
-	chained bool
-	// idempotent says that it does no harm to be stored twice: once nobody
-	// knows when, and undone by somebody else since.
-	idempotent bool
+// probed reads the answer to a probe. It reports whether the sequence is known.
+func probed(msg *nats.Msg) (last uint64, ok bool) {
+	err := decodeAnswer(msg.Data, nil)
+	var api *jetstream.APIError
+	if !errors.As(err, &api) || api.ErrorCode != codeWrongSequence {
+		return 0, false
+	}
+	_, text, _ := strings.Cut(api.Description, ": ")
+	last, err = strconv.ParseUint(text, 10, 64)
+	return last, err == nil
 }
 
-// commit writes one message to a key, on top of exactly the record that decide
-// was shown. It returns the bare errors of decide; after any other nothing was
-// written, unless it wraps ErrOutcomeUnknown.
-func (b *bucket) commit(c *call, do write) (record, error) {
-	setup := b.setup.Load()
-	w := entryWriter{
-		subject: b.prefix + do.key,
-		op:      do.op,
-		chained: do.chained,
-		history: setup.PerKey != 1,
-		rollup:  setup.rollup(),
-		markers: setup.MarkerTTL > 0,
-	}
-	var (
-		last    = b.certain(do.last)
-		doubt   error  // why an attempt may have been stored, if one may
-		doubtOn uint64 // the revision that it was to be on top of
-		began   = time.Now()
-
-		attempts int
-		beatenBy uint64 // the revision that was there first, the last time
-	)
-	fail := func(err error) (record, error) {
-		if doubt != nil {
-			return record{}, fmt.Errorf("%w: %w", ErrOutcomeUnknown, doubt)
-		}
-		return record{}, err
-	}
-	for {
-		if last == nil {
-			found, err := b.leaderLast(c, do.key)
-			if err != nil {
-				return fail(err)
-			}
-			b.known.forget(do.key)
-			b.known.learn(do.key, found)
-			if op, _, _ := strings.Cut(found.op, "+"); op == do.op {
-				return found, nil
-			}
-			if doubt != nil && found.revision != doubtOn {
-				// If it was stored, something else is there by now; if not, it
-				// never will be.
-				if !do.idempotent {
-					return fail(nil)
-				}
-				doubt = nil
-			}
-			if found.revision != beatenBy && attempts > 0 {
-				c.progress()
-			}
-			last, beatenBy = &found, found.revision
-		}
-		if w.markers && last.leaving(b.clock.now()) {
-			// The marker that the server puts in its place would remove what is
-			// written meanwhile, too.
-			if time.Sleep(100 * time.Millisecond); time.Now().After(c.end) {
-				return fail(errLeaving)
-			}
-			last = nil
-			continue
-		}
-		w.doubtful = w.doubtful || doubt != nil
-		if attempts++; attempts > 1 {
-			w.op = do.op + "+" + strconv.Itoa(attempts)
-		}
-		w.now, w.slack, _ = b.clock.read(b.nc)
-		msg, next, err := do.decide(c, last, w)
+// probeAll asks the leader for the last sequences of many keys at a time.
+func (b *bucket) probeAll(t *retryBudget, findings []finding) {
+	const window = 256
+	for part := range slices.Chunk(findings, window) {
+		e, err := b.connected(t)
 		if err != nil {
-			return fail(err)
+			return
 		}
-		if doubt != nil && next.deadline.passed(next.modified+timestamp(time.Since(began))) {
-			return fail(nil) // it may have been stored, and have expired since
+		exchanges := make([]*exchange, len(part))
+		for i := range part {
+			exchanges[i] = b.expect()
+			msg := b.probe(part[i].t.key)
+			msg.Reply = exchanges[i].reply
+			_ = b.publish(msg)
 		}
-		seq, o, err := b.send(c, msg)
-		if o == stored {
-			next.revision = seq
-			b.known.learn(do.key, next)
-			return next, nil
-		}
-		switch o {
-		case conflicting:
-			if last = nil; seq == 0 && doubt == nil && setup.Replicas <= 1 {
-				last = &record{} // it is gone
+		ctx, cancel := context.WithTimeout(b.life, 2*ackTimeout)
+		for i, x := range exchanges {
+			select {
+			case answer := <-x.answer:
+				part[i].last, part[i].known = probed(answer)
+				t.progress()
+			case <-e.over:
+			case <-ctx.Done():
 			}
-			if !c.retry() {
-				return fail(err)
-			}
-			continue
-		case refused:
-			return fail(err)
-		case lost:
-			doubt, doubtOn, last = err, last.revision, nil
-		case busy:
-			last = nil
-		case unavailable:
 		}
-		if !c.again() {
-			return fail(err)
+		cancel()
+		for _, x := range exchanges {
+			b.forget(x)
 		}
 	}
 }

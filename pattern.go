@@ -86,11 +86,27 @@ func parsePattern(s string) (pattern, error) {
 	return pattern{prefix, true}, nil
 }
 
+// String returns the pattern as it was given.
+func (p pattern) String() string {
+	if p.wild {
+		return p.prefix + "*"
+	}
+	return p.prefix
+}
+
 func (p pattern) matches(key string) bool {
 	if p.wild {
 		return strings.HasPrefix(key, p.prefix)
 	}
 	return key == p.prefix
+}
+
+// covers reports whether every key that matches q matches p.
+func (p pattern) covers(q pattern) bool {
+	if p.wild {
+		return strings.HasPrefix(q.prefix, p.prefix)
+	}
+	return p == q
 }
 
 // validateLock checks what Lock is given.

@@ -223,7 +223,7 @@ func useEverything(operator, nc *nats.Conn) error {
 
 	ctx, stopWatching := context.WithCancel(ctx)
 	defer stopWatching()
-	events, err := s.WatchContext(ctx, "config.*")
+	events, err := s.WithContext(ctx).Watch("config.*")
 	if err != nil {
 		return err
 	}
@@ -258,7 +258,7 @@ func useEverything(operator, nc *nats.Conn) error {
 	if value, err := s.Get("config.pace"); err != nil || string(value) != "brisk" {
 		return fmt.Errorf("got %q, %w", value, err)
 	}
-	if _, err := s.data.leaderLast(newCall(ctx), "config.pace"); err != nil { // Get, on several replicas
+	if _, err := s.data.leaderLast(newBudget(ctx), "config.pace"); err != nil { // Get, on several replicas
 		return err
 	}
 	if keys, err := s.Keys("*"); err != nil || len(keys) != 1 {

@@ -4,154 +4,301 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
+	"math"
+	"sync/atomic"
 	"time"
 )
 
-// A releaseTeller is a store that can tell of the release of a lock. It is only
-// a hint: it can come for nothing, and it can fail to come.
-type releaseTeller interface {
-	// onRelease returns a channel of one slot that is filled when the lock may
-	// have been released, until stop is called.
-	onRelease(key string) (released <-chan struct{}, stop func())
+// A lockWaiter is a store that can wait for a lock without polling.
+type lockWaiter interface {
+	// awaitLock waits for a lock until ctx ends. It returns ErrLockHeld only
+	// then, if somebody held the lock to the last, and any other error of Lock at
+	// once. ctx does not bound the Refresh of the lock.
+	awaitLock(ctx context.Context, key string, ttl time.Duration) (Lock, error)
 }
 
-// The pause between two attempts of WithLock, when nothing tells it earlier.
 const (
+	// The pause between two attempts of Acquire on a store that is no
+	// lockWaiter, and after a failure.
 	minLockPause = 5 * time.Millisecond
-	maxLockPause = 60 * time.Millisecond
+	maxLockPause = time.Second
+	// maxLapsed is how many leases in a row may lapse before they can be used.
+	maxLapsed = 10
 )
 
-// WithLock runs fn while it holds the lock of key, on any store. It waits for
-// the lock until ctx is done, keeps it refreshed for as long as fn runs, and
-// unlocks it on every way out, panics included. Those who wait are no queue:
-// who comes first when it is released gets it.
+// Acquire acquires a lock on any store. It waits while somebody holds the lock,
+// and through outages, until ctx ends. Those who wait are no queue: whoever comes
+// first when the lock is released gets it.
 //
-// The context that fn gets ends with ctx, and at the timestamp from which the
-// lease can no longer be counted on, by the local clock and even if no packet
-// gets through; its cause is then [ErrLockExpired]. fn should stop then: soon
-// somebody else may hold the lock. The token is the fencing token of [Fenced],
-// or 0 if the store's locks have none; pass it on to what the lock protects.
+// It returns [ErrClosed], [ErrInvalidKey] and [ErrInvalidTTL] at once, and
+// [ErrLockExpired] if ten leases in a row had lapsed by the time that the answer
+// arrived: the TTL is too short for the way to the store. When ctx ends it returns
+// the bare [ErrLockHeld] if somebody held the lock to the last, else an error that
+// wraps the context's and the last failure.
+//
+// ctx takes the place of a context that store is bound to, and bounds the
+// acquisition only: the lock can be refreshed after ctx has ended. On both stores
+// waiting does not poll; a release or the end of the lease wakes a waiter. On a
+// store that wraps one of them Acquire tries again after pauses that grow to a
+// second, and when the lease of the holder ends.
+func Acquire(ctx context.Context, store StateStore, key string, ttl time.Duration) (Lock, error) {
+	await := func() (Lock, error) { return pollLock(ctx, store, key, ttl) }
+	if waiter, ok := store.(lockWaiter); ok {
+		await = func() (Lock, error) { return waiter.awaitLock(ctx, key, ttl) }
+	}
+	retry := backoff{minLockPause, maxLockPause}
+	var failure error // the last one
+	for lapsed := 0; ctx.Err() == nil; retry.wait(ctx, math.MaxInt64) {
+		lock, err := await()
+		if err == nil || final(err) {
+			return lock, err
+		}
+		if err == ErrLockHeld && ctx.Err() != nil {
+			return nil, err
+		}
+		if err != ErrLockExpired {
+			lapsed = 0
+		} else if lapsed++; lapsed == maxLapsed {
+			return nil, err
+		}
+		if failure == nil || ctx.Err() == nil {
+			failure = err
+		}
+	}
+	err := ctx.Err()
+	switch {
+	case failure == nil, failure == ErrLockExpired, failure == ErrLockHeld:
+		return nil, contextError("lock", key, err)
+	case errors.Is(failure, err):
+		return nil, failure
+	}
+	return nil, fmt.Errorf("state: lock %q: %w; the last failure: %w", key, err, failure)
+}
+
+// pollLock is awaitLock for any store.
+func pollLock(ctx context.Context, store StateStore, key string, ttl time.Duration) (Lock, error) {
+	full, _ := store.(Store)
+	held := false
+	for retry := (backoff{minLockPause, maxLockPause}); ; {
+		var lock Lock
+		var err error
+		if full == nil {
+			lock, err = store.Lock(key, ttl)
+		} else {
+			lock, err = lockWithin(ctx, full, key, ttl)
+		}
+		if err != nil && held && ctx.Err() != nil {
+			return nil, ErrLockHeld
+		}
+		if err != ErrLockHeld {
+			return lock, err
+		}
+		held = true
+		limit := time.Duration(math.MaxInt64)
+		if full != nil {
+			if info, err := full.WithContext(ctx).LockHolder(key); err == nil {
+				limit = max(time.Until(info.Expires), minLockPause)
+			}
+		}
+		if retry.wait(ctx, limit); ctx.Err() != nil {
+			return nil, ErrLockHeld
+		}
+	}
+}
+
+// lockWithin is Lock, bounded by ctx. Unlike with store.WithContext(ctx), the
+// Refresh of the lock is not.
+func lockWithin(ctx context.Context, store Store, key string, ttl time.Duration) (Lock, error) {
+	call, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, cancel)
+	defer stop()
+	return store.WithContext(call).Lock(key, ttl)
+}
+
+// Hold runs fn while it holds a lock, keeps the lock refreshed for as long as fn
+// runs, and unlocks it on every way out, panics included. ttl is the TTL that the
+// lock was acquired with. A ttl of a few milliseconds cannot be kept up.
+//
+// fn starts with at least two thirds of the lease left; if they are not, or Hold
+// cannot know, the lock is refreshed first. The context that fn gets ends with
+// ctx, and when the lease can no longer be counted on, by the local clock and even
+// if no packet gets through; its cause is then [ErrLockExpired]. fn should stop
+// then: soon somebody else may hold the lock. The token is the fencing token of
+// [Fenced], or 0 if the lock has none; pass it on to what the lock protects.
+//
+// The error tells apart:
+//   - fn was not called: ErrLockExpired or [ErrLockNotHeld] if the lock was lost
+//     before, an error that wraps the context's if ctx ended before, [ErrClosed]
+//     or [ErrInvalidTTL].
+//   - The lease was lost while fn ran: errors.Is says ErrLockExpired, and the
+//     error wraps what fn returned, if it returned an error other than its
+//     context's own.
+//   - Otherwise it is what fn returned.
+//
+// It costs a request each third of the TTL and one to unlock.
+func Hold(ctx context.Context, lock Lock, ttl time.Duration, fn func(ctx context.Context, token uint64) error) error {
+	_, err := hold(ctx, lock, ttl, fn)
+	return err
+}
+
+// WithLock is [Acquire] and then [Hold]: it runs fn while it holds the lock of key,
+// on any store.
 //
 // The error tells apart:
 //   - The lock was not acquired before ctx ended: the bare [ErrLockHeld] if
 //     somebody held it to the last, else an error that wraps the context's. fn
 //     was not called.
-//   - The lock could not be acquired: the error of Lock. fn was not called.
+//   - It cannot be acquired: an error of Acquire. fn was not called. ErrLockExpired
+//     is among them, if ten leases in a row lapsed before fn could be called.
 //   - The lease was lost while fn ran: errors.Is says ErrLockExpired, and the
-//     error wraps what fn returned, if it returned an error.
+//     error wraps what fn returned, if it returned an error other than its
+//     context's own.
 //   - Otherwise it is what fn returned.
 func WithLock(ctx context.Context, store StateStore, key string, ttl time.Duration, fn func(ctx context.Context, token uint64) error) error {
-	lock, until, err := awaitLock(ctx, store, key, ttl)
-	if err != nil {
-		return err
+	retry := backoff{minLockPause, maxLockPause}
+	for lapsed := 1; ; lapsed++ {
+		lock, err := Acquire(ctx, store, key, ttl)
+		if err != nil {
+			return err
+		}
+		called, err := hold(ctx, lock, ttl, fn)
+		if called || err != ErrLockExpired || lapsed == maxLapsed {
+			return err
+		}
+		retry.wait(ctx, math.MaxInt64)
 	}
-	held, lose := context.WithCancelCause(ctx)
-	k := &renewer{
-		lock: lock, ttl: ttl, until: until, lose: lose,
-		stop: make(chan struct{}), stopped: make(chan struct{}),
+}
+
+// hold is Hold, and reports whether fn was called.
+func hold(ctx context.Context, lock Lock, ttl time.Duration, fn func(ctx context.Context, token uint64) error) (called bool, err error) {
+	r := &renewer{lock: lock, ttl: ttl}
+	if err := r.freshen(ctx); err != nil {
+		_ = lock.Unlock()
+		return false, err
 	}
-	k.expiry = time.AfterFunc(time.Until(until), func() { lose(ErrLockExpired) })
-	go k.keep()
-	defer k.release() // also when fn panics
+	held := r.start(ctx)
+	defer r.release() // also when fn panics
 
 	var token uint64
 	if fenced, ok := lock.(Fenced); ok {
 		token = fenced.Token()
 	}
 	err = fn(held, token)
-	lost := context.Cause(held) == ErrLockExpired
-	lost = k.release() || lost
+	ended := held.Err()
+	lost := r.lost.Load() // before the release, as a lease that ends now is no loss
+	lost = r.release() || lost
 	switch {
 	case !lost:
-		return err
-	case err == nil, errors.Is(err, context.Canceled), errors.Is(err, ErrLockExpired):
-		return ErrLockExpired
+		return true, err
+	case err == nil, err == ErrLockExpired, err == ended:
+		return true, ErrLockExpired
 	}
-	return errors.Join(ErrLockExpired, err)
-}
-
-// awaitLock acquires the lock and returns it with the timestamp up to which it can
-// be counted on.
-func awaitLock(ctx context.Context, store StateStore, key string, ttl time.Duration) (Lock, time.Time, error) {
-	var released <-chan struct{}
-	pause := minLockPause
-	for {
-		if err := ctx.Err(); err != nil {
-			if released != nil {
-				return nil, time.Time{}, ErrLockHeld
-			}
-			return nil, time.Time{}, fmt.Errorf("state: lock %q: %w", key, err)
-		}
-		asked := time.Now()
-		lock, err := store.Lock(key, ttl)
-		if err != ErrLockHeld {
-			return lock, asked.Add(ttl), err
-		}
-		if released == nil {
-			// From now on, and once more at once: it may have been released
-			// before anybody listened.
-			stop := func() {}
-			if teller, ok := store.(releaseTeller); ok {
-				released, stop = teller.onRelease(key)
-			} else {
-				released = make(chan struct{})
-			}
-			defer stop()
-			continue
-		}
-		timer := time.NewTimer(pause/2 + rand.N(pause))
-		select {
-		case <-released:
-			pause = minLockPause
-		case <-timer.C:
-			pause = min(2*pause, maxLockPause)
-		case <-ctx.Done():
-		}
-		timer.Stop()
-	}
+	return true, errors.Join(ErrLockExpired, err)
 }
 
 // A renewer keeps a lock refreshed while somebody works under it.
 type renewer struct {
-	lock   Lock
-	ttl    time.Duration
-	until  time.Time // owned by keep until it has stopped
-	lose   context.CancelCauseFunc
-	expiry *time.Timer // calls lose at until
+	lock  Lock
+	ttl   time.Duration
+	until time.Time // when the lease ends; owned by keep while that runs
+
+	lost   atomic.Bool             // the lease can no longer be counted on
+	cancel context.CancelCauseFunc // ends the context of the work
+	expiry *time.Timer             // calls lose at until
 
 	released      bool
 	stop, stopped chan struct{}
 }
 
+// refresh refreshes the lock.
+func (r *renewer) refresh() error {
+	asked := time.Now()
+	err := r.lock.Refresh()
+	if err == nil {
+		r.until = asked.Add(r.ttl)
+	}
+	return err
+}
+
+// freshen makes sure that at least two thirds of the lease are left.
+func (r *renewer) freshen(ctx context.Context) error {
+	if r.ttl <= 0 {
+		return ErrInvalidTTL
+	}
+	known := false
+	if l, ok := r.lock.(interface{ validUntil() time.Time }); ok {
+		r.until, known = l.validUntil(), true
+	}
+	retry := backoff{max(min(r.ttl/20, minLockPause), minRenewal), maxLockPause}
+	for slow := 0; ; {
+		if err := ctx.Err(); err != nil {
+			return contextError("hold", r.lock.Key(), err)
+		}
+		if known && time.Until(r.until) >= r.ttl-r.ttl/3 {
+			return nil
+		}
+		if slow == maxLapsed {
+			return ErrLockExpired // whenever the answer comes, it is almost over
+		}
+		err := r.refresh()
+		switch {
+		case err == nil:
+			known = true
+			slow++
+		case err == ErrLockExpired, err == ErrLockNotHeld, final(err):
+			return err
+		default:
+			retry.wait(ctx, math.MaxInt64)
+		}
+	}
+}
+
+// start begins to keep the lock refreshed. The context that it returns ends when
+// the lock is lost.
+func (r *renewer) start(ctx context.Context) context.Context {
+	held, cancel := context.WithCancelCause(ctx)
+	r.cancel = cancel
+	r.stop, r.stopped = make(chan struct{}), make(chan struct{})
+	r.expiry = time.AfterFunc(time.Until(r.until), r.lose)
+	go r.keep()
+	return held
+}
+
+// lose ends the work, as the lock is lost.
+func (r *renewer) lose() {
+	r.lost.Store(true)
+	r.cancel(ErrLockExpired)
+}
+
 // keep refreshes the lock every third of its TTL, and in short order after a
-// failure, until it is told to stop or the lock is lost.
-func (k *renewer) keep() {
-	defer close(k.stopped)
-	timer := time.NewTimer(k.ttl / 3)
+// failure, until it is stopped or the lock is lost.
+func (r *renewer) keep() {
+	defer close(r.stopped)
+	next := func() time.Duration { // when a third of the lease is over
+		return max(time.Until(r.until)-(r.ttl-r.ttl/3), minRenewal)
+	}
+	timer := time.NewTimer(next())
 	defer timer.Stop()
 	for {
 		select {
-		case <-k.stop:
+		case <-r.stop:
 			return
 		case <-timer.C:
 		}
-		asked := time.Now()
-		switch err := k.lock.Refresh(); {
+		switch err := r.refresh(); {
 		case err == nil:
 			// The timer has fired already if Refresh took too long, and then
 			// the lock is lost whatever Refresh says.
-			if !k.expiry.Stop() {
+			if !r.expiry.Stop() {
 				return
 			}
-			k.until = asked.Add(k.ttl)
-			k.expiry.Reset(time.Until(k.until))
-			timer.Reset(k.ttl / 3)
-		case err == ErrLockExpired || err == ErrLockNotHeld:
-			k.lose(ErrLockExpired)
+			r.expiry.Reset(time.Until(r.until))
+			timer.Reset(next())
+		case err == ErrLockExpired, err == ErrLockNotHeld:
+			r.lose()
 			return
 		default:
-			timer.Reset(min(k.ttl/20, 100*time.Millisecond))
+			timer.Reset(max(min(r.ttl/20, 100*time.Millisecond), minRenewal))
 		}
 	}
 }
@@ -159,14 +306,14 @@ func (k *renewer) keep() {
 // release stops the renewer and unlocks the lock, once. It reports whether the
 // lock turned out to have been taken away. (That the lease ran out only now,
 // when fn had returned already, is no loss.)
-func (k *renewer) release() (lost bool) {
-	if k.released {
+func (r *renewer) release() (lost bool) {
+	if r.released {
 		return false
 	}
-	k.released = true
-	k.lose(nil) // fn's context ends with fn
-	close(k.stop)
-	<-k.stopped
-	k.expiry.Stop()
-	return k.lock.Unlock() == ErrLockNotHeld && time.Now().Before(k.until)
+	r.released = true
+	r.cancel(nil) // fn's context ends with fn
+	close(r.stop)
+	<-r.stopped
+	r.expiry.Stop()
+	return r.lock.Unlock() == ErrLockNotHeld && time.Now().Before(r.until)
 }

@@ -1,0 +1,39 @@
+package state
+
+import (
+	"context"
+	"math/rand/v2"
+	"time"
+)
+
+// A backoff is the pause between attempts. It doubles from one to the next up to
+// max, and varies by half, so that those who failed together do not try again
+// together.
+type backoff struct{ pause, max time.Duration }
+
+// wait waits for the next pause, but for no longer than limit, or until ctx ends.
+func (b *backoff) wait(ctx context.Context, limit time.Duration) {
+	pause := b.pause/2 + rand.N(b.pause)
+	b.pause = min(2*b.pause, b.max)
+	sleep(ctx, min(pause, limit))
+}
+
+// sleep waits for d or until ctx ends.
+func sleep(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
+// final reports whether a store that returned err will go on returning it, for
+// the same call.
+func final(err error) bool {
+	switch err {
+	case ErrClosed, ErrInvalidKey, ErrInvalidTTL, ErrValueTooLarge, errUnopened:
+		return true
+	}
+	return false
+}

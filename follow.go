@@ -1,0 +1,277 @@
+package state
+
+import (
+	"context"
+	"math/rand/v2"
+	"time"
+)
+
+// Follow returns the entries that match a pattern, sorted by key, and then every
+// later change without a gap, as OpPut and OpDelete events under the terms of
+// [StateStore.Watch]. It is the loop around Watch that most programs need: a
+// state, and how it goes on. Nothing old is reported after something newer.
+//
+// If the watch ends, Follow starts over by itself, compares, and delivers the
+// differences, deletions included. A deletion found in this way has the
+// revision of the last value that was reported, and is dated at that value's
+// deadline or, without one, when it was found. The channel is closed when ctx
+// ends or the store is closed, and for no other reason.
+//
+// Follow fails with the errors of Entries and Watch. It costs one listing when
+// it starts, and no more than one after an outage. The entries and events are
+// the caller's own. A slow reader blocks nobody, as for Watch. Follow remembers
+// the names and revisions of the keys that exist.
+func Follow(ctx context.Context, store Store, pattern string) (current []*KeyValue, changes <-chan *KeyValue, err error) {
+	out := &followSink{sub: newSubscription(), revisions: make(map[string]uint64)}
+	f := &following{store: store, pattern: pattern, sink: out}
+	src, err := f.open(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, kv := range src.current {
+		out.revisions[kv.Key] = kv.Revision
+	}
+	reader, ended := make(chan *KeyValue), make(chan struct{})
+	go func() {
+		defer close(ended)
+		f.run(ctx, src)
+	}()
+	go out.sub.deliver(reader, ctx.Done(), ended)
+	return src.current, reader, nil
+}
+
+// A followSink hands the changes to the reader of a Follow.
+type followSink struct {
+	sub       *subscription
+	revisions map[string]uint64
+}
+
+func (s *followSink) revision(key string) (uint64, bool) {
+	revision, ok := s.revisions[key]
+	return revision, ok
+}
+
+func (s *followSink) each(f func(kv *KeyValue)) {
+	for key, revision := range s.revisions {
+		f(&KeyValue{Key: key, Revision: revision})
+	}
+}
+
+func (s *followSink) apply(ev *KeyValue) {
+	if ev.Operation == OpDelete {
+		delete(s.revisions, ev.Key)
+	} else {
+		s.revisions[ev.Key] = ev.Revision
+	}
+	s.sub.push(ev)
+}
+
+func (s *followSink) advance(progress) {}
+
+// A sink is what a following keeps up to date. It has the entries that exist as
+// far as was reported.
+type sink interface {
+	revision(key string) (uint64, bool)
+	each(f func(kv *KeyValue))
+	apply(ev *KeyValue)
+	// advance says how far the sink is up to date.
+	advance(p progress)
+}
+
+// A follower is a store that watches and lists in one pass. The subscription
+// ends with ctx and with the store. ask requests that it is marked soon how far
+// the subscription has come.
+type follower interface {
+	follow(ctx context.Context, p pattern) (sub *subscription, current []*KeyValue, ask func(), err error)
+}
+
+// A source is a watch, and what existed when it began.
+type source struct {
+	current []*KeyValue
+	begun   time.Time     // what was acknowledged before is in current
+	asOf    uint64        // the newest revision in current
+	sub     *subscription // of a store that is a follower; else
+	events  <-chan *KeyValue
+	ask     func()
+	stop    context.CancelFunc
+}
+
+// A following is what Follow and Cache have in common. One goroutine, that of
+// run, owns it.
+type following struct {
+	store   Store
+	pattern string
+	sink    sink
+	// asked has an element when somebody wants to know how far it has come; nil
+	// if nobody ever does.
+	asked chan struct{}
+}
+
+// open begins a watch and lists what exists.
+func (f *following) open(ctx context.Context) (src *source, err error) {
+	p, err := parsePattern(f.pattern)
+	if err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, opError("follow", f.pattern, err)
+	}
+	src = &source{begun: time.Now()}
+	ctx, src.stop = context.WithCancel(ctx)
+	if own, ok := f.store.(follower); ok {
+		src.sub, src.current, src.ask, err = own.follow(ctx, p)
+		err = opError("follow", f.pattern, err)
+	} else {
+		bound := f.store.WithContext(ctx)
+		if src.events, err = bound.Watch(f.pattern); err == nil {
+			src.current, err = bound.Entries(f.pattern)
+		}
+	}
+	if err != nil {
+		src.stop()
+		return nil, err
+	}
+	for _, kv := range src.current {
+		src.asOf = max(src.asOf, kv.Revision)
+	}
+	return src, nil
+}
+
+// run keeps the sink up to date until ctx ends or the store is closed.
+func (f *following) run(ctx context.Context, src *source) {
+	for {
+		f.read(ctx, src)
+		src.stop()
+		for pause := 20 * time.Millisecond; ; pause = min(2*pause, time.Second) {
+			if ctx.Err() != nil {
+				return
+			}
+			var err error
+			if src, err = f.open(ctx); err == nil {
+				break
+			}
+			if err == ErrClosed {
+				return
+			}
+			timer := time.NewTimer(pause/2 + rand.N(pause))
+			select {
+			case <-timer.C:
+			case <-ctx.Done():
+			}
+			timer.Stop()
+		}
+		f.reconcile(src.current)
+		f.sink.advance(progress{src.asOf, src.begun})
+	}
+}
+
+// read takes over what a source delivers, until it ends.
+func (f *following) read(ctx context.Context, src *source) {
+	var tick <-chan time.Time
+	if f.asked != nil {
+		ticker := time.NewTicker(progressInterval)
+		defer ticker.Stop()
+		tick = ticker.C
+	}
+	for {
+		var wake <-chan struct{}
+		if src.sub != nil {
+			if f.take(src) {
+				return
+			}
+			wake = src.sub.wake
+		}
+		select {
+		case <-wake:
+		case ev, ok := <-src.events:
+			if !ok {
+				return
+			}
+			f.change(src, ev)
+		case <-tick:
+			f.ask(ctx, src)
+		case <-f.asked:
+			f.ask(ctx, src)
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// take takes over all that waits in a subscription. It reports whether that has
+// ended.
+func (f *following) take(src *source) (ended bool) {
+	for {
+		ev, p, ended := src.sub.next()
+		if ev != nil {
+			f.change(src, ev)
+		}
+		if !p.asOf.IsZero() {
+			f.sink.advance(p)
+		}
+		if ev == nil {
+			return ended
+		}
+	}
+}
+
+// progressInterval is how often a following finds out how far it has come.
+const progressInterval = time.Second
+
+// ask finds out how far the following has come. A store that cannot say so is
+// listed once more.
+func (f *following) ask(ctx context.Context, src *source) {
+	if src.ask != nil {
+		src.ask()
+		return
+	}
+	begun := time.Now()
+	current, err := f.store.WithContext(ctx).Entries(f.pattern)
+	if err != nil {
+		return
+	}
+	f.reconcile(current)
+	for _, kv := range current {
+		src.asOf = max(src.asOf, kv.Revision)
+	}
+	f.sink.advance(progress{src.asOf, begun})
+}
+
+// change passes an event on, unless it is older than what is known. An expiry
+// has the revision of the value that expired.
+func (f *following) change(src *source, ev *KeyValue) {
+	known, exists := f.sink.revision(ev.Key)
+	switch {
+	case ev.Operation == OpDelete && (!exists || ev.Revision < known):
+	case ev.Operation == OpPut && exists && ev.Revision <= known:
+	case ev.Operation == OpPut && !exists && ev.Revision <= src.asOf:
+		// It was gone again when the entries were listed.
+	default:
+		f.sink.apply(ev)
+	}
+}
+
+// reconcile passes on what differs from the entries that exist now.
+func (f *following) reconcile(current []*KeyValue) {
+	there := make(map[string]bool, len(current))
+	for _, kv := range current {
+		there[kv.Key] = true
+		if known, exists := f.sink.revision(kv.Key); !exists || known < kv.Revision {
+			f.sink.apply(kv)
+		}
+	}
+	var gone []*KeyValue
+	f.sink.each(func(kv *KeyValue) {
+		if !there[kv.Key] {
+			gone = append(gone, kv)
+		}
+	})
+	now := time.Now()
+	for _, kv := range gone {
+		at := now
+		if !kv.Expires.IsZero() && kv.Expires.Before(now) {
+			at = kv.Expires
+		}
+		f.sink.apply(&KeyValue{Key: kv.Key, Revision: kv.Revision, Operation: OpDelete, Modified: at})
+	}
+}

@@ -1,0 +1,149 @@
+package state
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math"
+	"time"
+)
+
+const (
+	// minRenewal is the shortest time between two renewals of a key or a lock. A
+	// TTL that needs more cannot be kept up.
+	minRenewal = time.Millisecond
+	// farewell is how long KeepAlive tries to delete its key.
+	farewell = 5 * time.Second
+)
+
+// KeepAlive keeps a key alive for as long as ctx lasts: it writes the key at once
+// and then every third of ttl, each time with what value returns. It goes on
+// through outages; if the key expires or is deleted meanwhile, it is written
+// anew. When ctx ends, KeepAlive deletes the revision that it wrote last, unless
+// somebody else has written or deleted the key since, and returns nil. An error
+// then means that it could not delete it within five seconds; the key expires.
+//
+// Before that it returns only errors that do not pass: [ErrInvalidKey],
+// [ErrInvalidTTL] if ttl is not positive, [ErrValueTooLarge] and [ErrClosed].
+// Then the key is left to expire. A failure that may pass is retried soon, several
+// times within ttl. A ttl of a few milliseconds cannot be kept up.
+//
+// A key has one owner: KeepAlive overwrites what it finds, so two of them for one
+// key fight, and the key has now the value of the one and now that of the other.
+// To decide who owns a key take a lock, see [WithLock].
+//
+// It costs two requests at first, one each third of ttl, and one at the end. ctx
+// takes the place of a context that store is bound to. value is called in
+// the caller's goroutine; its result is not retained.
+func KeepAlive(ctx context.Context, store Store, key string, ttl time.Duration, value func() []byte) error {
+	if ttl <= 0 {
+		return ErrInvalidTTL
+	}
+	k := &keptKey{key: key}
+	bound := store.WithContext(ctx)
+	soon := max(min(ttl/20, time.Second), minRenewal)
+	for ctx.Err() == nil {
+		var asked time.Time
+		retry := backoff{soon, max(min(ttl/10, time.Second), soon)}
+		for conflicts := 0; ctx.Err() == nil; {
+			asked = time.Now()
+			err := k.write(bound, ttl, value)
+			if err == nil {
+				break
+			}
+			if final(err) {
+				return err
+			}
+			if err == ErrConflict {
+				if conflicts++; conflicts == 1 {
+					continue // somebody wrote or deleted it, and not just now
+				}
+			}
+			retry.wait(ctx, math.MaxInt64)
+		}
+		sleep(ctx, time.Until(asked.Add(max(ttl/3, minRenewal))))
+	}
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewell)
+	defer cancel()
+	return k.delete(last, store.WithContext(last))
+}
+
+// A keptKey is the key of a KeepAlive, as far as that knows it.
+type keptKey struct {
+	key      string
+	revision uint64 // of the last write that was acknowledged; 0 for none
+	// current is the revision to write on, if known is true.
+	current uint64
+	known   bool
+	// inDoubt is the value of a write whose fate is not known; nil if there is
+	// none.
+	inDoubt []byte
+}
+
+// write writes the key on top of what it is now.
+func (k *keptKey) write(store Store, ttl time.Duration, value func() []byte) error {
+	if err := k.read(store); err != nil {
+		return err
+	}
+	next := value()
+	revision, err := store.Update(k.key, next, ttl, k.current)
+	switch {
+	case err == nil:
+		k.revision, k.current = revision, revision
+		k.inDoubt = nil // had it not been applied by now, it never would be
+	case err == ErrConflict:
+		k.known = false
+	case errors.Is(err, ErrOutcomeUnknown):
+		k.known = false
+		k.inDoubt = append([]byte{}, next...)
+	}
+	return err
+}
+
+// read finds out the current revision, unless it is known. If it is another one
+// than before, with the value of a write in doubt, it is taken for ours.
+func (k *keptKey) read(store Store) error {
+	if k.known {
+		return nil
+	}
+	kv, err := store.GetKeyValue(k.key)
+	switch {
+	case err == ErrNotFound:
+		k.current = 0
+	case err != nil:
+		return err
+	default:
+		if k.inDoubt != nil && kv.Revision != k.current && bytes.Equal(kv.Value, k.inDoubt) {
+			k.revision = kv.Revision
+			k.inDoubt = nil
+		}
+		k.current = kv.Revision
+	}
+	k.known = true
+	return nil
+}
+
+// delete deletes the revision that was written last, if it is still there.
+func (k *keptKey) delete(ctx context.Context, store Store) error {
+	retry := backoff{20 * time.Millisecond, time.Second}
+	for {
+		err := k.read(store)
+		if err == nil {
+			if k.revision == 0 || k.current != k.revision {
+				return nil
+			}
+			err = store.DeleteRevision(k.key, k.revision)
+			if err == ErrConflict && k.inDoubt != nil {
+				k.known = false // the write in doubt may have been applied just now
+				continue
+			}
+			if err == nil || err == ErrConflict {
+				return nil
+			}
+		}
+		if final(err) || ctx.Err() != nil {
+			return err
+		}
+		retry.wait(ctx, math.MaxInt64)
+	}
+}

@@ -1,0 +1,284 @@
+package state
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"crypto/rand"
+
+	"github.com/nats-io/nats.go"
+)
+
+// maxPullBytes is how many bytes the server may send for one request of a
+// consumer, unless a single message is larger.
+const maxPullBytes = 4 << 20
+
+// A consumer reads messages of a bucket in the order of the stream. It lives on
+// one of the stream's servers, in memory, until it is stopped or forgotten.
+//
+// What it sends is put into a mailbox, from which its owner takes it.
+type consumer struct {
+	b     *bucket
+	name  string
+	sub   *nats.Subscription
+	count uint64 // how many messages have been accepted
+	info  consumerInfo
+	live  bool // the server has it
+
+	wake chan struct{} // of one slot: there is mail
+	mu   sync.Mutex    // guards mail
+	mail []*nats.Msg
+}
+
+type consumerInfo struct {
+	Pending   uint64    `json:"num_pending"`
+	Now       time.Time `json:"ts"`
+	Delivered struct {
+		Count uint64 `json:"consumer_seq"`
+		Seq   uint64 `json:"stream_seq"`
+	} `json:"delivered"`
+}
+
+// A consumerConfig is what we need of a JetStream consumer's configuration.
+type consumerConfig struct {
+	Name        string        `json:"name"`
+	Deliver     string        `json:"deliver_policy"`
+	StartSeq    uint64        `json:"opt_start_seq,omitempty"`
+	Ack         string        `json:"ack_policy"`
+	Replay      string        `json:"replay_policy"`
+	Filter      string        `json:"filter_subject"`
+	HeadersOnly bool          `json:"headers_only,omitempty"`
+	Inactive    time.Duration `json:"inactive_threshold,omitempty"`
+	Replicas    int           `json:"num_replicas"`
+	Memory      bool          `json:"mem_storage"`
+}
+
+// consume makes a consumer of the messages on the filter's subjects, from a
+// sequence on or, if that is 0, of the last message of every key and what
+// follows. The server keeps it for life when nobody asks any more. It costs one
+// request.
+//
+// The answer comes on the consumer's own subscription: so that one works.
+func (b *bucket) consume(t *retryBudget, filter string, from uint64, headersOnly bool, life time.Duration) (*consumer, error) {
+	c := &consumer{b: b, name: rand.Text(), wake: make(chan struct{}, 1)}
+	cfg := consumerConfig{
+		Name: c.name, Deliver: "all", Ack: "none", Replay: "instant", Filter: filter,
+		HeadersOnly: headersOnly, Inactive: life, Replicas: 1, Memory: true,
+	}
+	switch {
+	case from > 0:
+		cfg.Deliver, cfg.StartSeq = "by_start_sequence", from
+	case b.settings.Load().PerKey != 1:
+		cfg.Deliver = "last_per_subject"
+	}
+	e, err := b.connected(t)
+	if err != nil {
+		return nil, err
+	}
+	if c.sub, err = b.nc.Subscribe(b.nc.NewInbox(), c.receive); err != nil {
+		return nil, err
+	}
+	_ = c.sub.SetPendingLimits(-1, -1)
+	err = c.create(t, e, cfg)
+	if apiCode(err) == codeInactiveLimit {
+		cfg.Inactive = 0 // the stream has a limit, and that is its default
+		err = c.create(t, e, cfg)
+	}
+	if err != nil {
+		c.stop()
+		return nil, err
+	}
+	c.live = true
+	b.stats.consumers.Add(1)
+	return c, nil
+}
+
+// create makes the request until it is answered. Made twice it does no harm.
+func (c *consumer) create(t *retryBudget, e *epoch, cfg consumerConfig) error {
+	data, err := json.Marshal(struct {
+		Stream string         `json:"stream_name"`
+		Config consumerConfig `json:"config"`
+	}{c.b.stream, cfg})
+	if err != nil {
+		return err
+	}
+	subject := c.b.api + "CONSUMER.CREATE." + c.b.stream + "." + c.name + "." + cfg.Filter
+	for {
+		answer, err := c.ask(t, e, subject, data)
+		if err != nil {
+			return err
+		}
+		if noResponders(answer) {
+			err = nats.ErrNoResponders
+		} else if err = decodeAnswer(answer.Data, &c.info); err == nil {
+			t.progress()
+			return nil
+		}
+		if !passing(err) || !t.wait(c.b.life) {
+			return err
+		}
+	}
+}
+
+// ask makes a request that is answered on the consumer's own subscription.
+func (c *consumer) ask(t *retryBudget, e *epoch, subject string, data []byte) (*nats.Msg, error) {
+	w := waiter{r: c.b.requester, t: t, first: time.Now(), sent: time.Now()}
+	msg := &nats.Msg{Subject: subject, Reply: c.sub.Subject, Data: data}
+	if err := c.b.publish(msg); err != nil {
+		return nil, err
+	}
+	timer := time.NewTimer(checkInterval)
+	defer timer.Stop()
+	for {
+		for _, answer := range c.take() {
+			if answer.Reply == "" {
+				return answer, nil
+			}
+		}
+		select {
+		case <-c.wake:
+		case <-timer.C:
+			switch w.check(repeatable) {
+			case giveUp:
+				return nil, c.b.explain(errNoAnswer, subject)
+			case repeatNow:
+				_ = c.b.publish(msg)
+			}
+			timer.Reset(checkInterval)
+		case <-e.over:
+			return nil, nats.ErrDisconnected
+		case <-t.ctx.Done():
+			return nil, t.ctx.Err()
+		case <-c.b.life.Done():
+			return nil, ErrClosed
+		}
+	}
+}
+
+// receive puts what the server sends into the mailbox.
+func (c *consumer) receive(msg *nats.Msg) {
+	c.mu.Lock()
+	c.mail = append(c.mail, msg)
+	c.mu.Unlock()
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+// take empties the mailbox.
+func (c *consumer) take() []*nats.Msg {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	mail := c.mail
+	c.mail = nil
+	return mail
+}
+
+// A pullRequest asks a consumer for messages.
+type pullRequest struct {
+	Batch     int           `json:"batch"`
+	MaxBytes  int           `json:"max_bytes,omitempty"`
+	Expires   time.Duration `json:"expires,omitempty"`
+	Heartbeat time.Duration `json:"idle_heartbeat,omitempty"`
+	NoWait    bool          `json:"no_wait,omitempty"`
+}
+
+// pull asks for messages, of which the server may allow fewer at a time. It
+// returns how many it asked for.
+func (c *consumer) pull(req pullRequest) (int, error) {
+	if most := int(c.b.maxBatch.Load()); most > 0 {
+		req.Batch = min(req.Batch, most)
+	}
+	req.MaxBytes = max(maxPullBytes, 2*int(c.b.nc.MaxPayload()))
+	data, err := json.Marshal(req)
+	if err != nil {
+		return 0, err
+	}
+	if !c.b.nc.IsConnected() {
+		return 0, nats.ErrDisconnected
+	}
+	c.b.stats.requests.Add(1)
+	return req.Batch, c.b.nc.PublishRequest(c.b.api+"CONSUMER.MSG.NEXT."+c.b.stream+"."+c.name, c.sub.Subject, data)
+}
+
+// A status is what the server sends in place of a message.
+type status struct {
+	code   string // "" for a message
+	unsent int    // how many messages a request that has ended did not bring
+	ended  bool   // a request has ended
+	// seq is how far the consumer has read the stream, in a heartbeat.
+	seq uint64
+}
+
+var errDisorder = errors.New("deliveries are missing")
+
+// accept reads what the server sent: a delivery, or a status.
+func (c *consumer) accept(msg *nats.Msg) (delivery, status, error) {
+	if msg.Reply == "" {
+		return delivery{}, c.status(msg), nil
+	}
+	d, ok := parseDelivery(msg.Reply)
+	if !ok {
+		return d, status{}, fmt.Errorf("delivery with the reply subject %q", msg.Reply)
+	}
+	c.count++
+	if d.count != c.count {
+		return d, status{}, errDisorder
+	}
+	return d, status{}, nil
+}
+
+func (c *consumer) status(msg *nats.Msg) status {
+	st := status{code: msg.Header.Get("Status")}
+	if st.code == "" {
+		st.code = "0" // an answer to a request that was answered already
+		return st
+	}
+	if pending := msg.Header.Get("Nats-Pending-Messages"); pending != "" {
+		st.unsent, _ = strconv.Atoi(pending)
+		st.ended = true
+	}
+	if st.code == "100" {
+		if count, _ := strconv.ParseUint(msg.Header.Get("Nats-Last-Consumer"), 10, 64); count == c.count {
+			st.seq, _ = strconv.ParseUint(msg.Header.Get("Nats-Last-Stream"), 10, 64)
+		}
+	}
+	if text := msg.Header.Get("Description"); st.code == "409" && strings.HasPrefix(text, "Exceeded MaxRequestBatch of ") {
+		if most, err := strconv.Atoi(text[len("Exceeded MaxRequestBatch of "):]); err == nil && most > 0 {
+			c.b.maxBatch.Store(int32(min(most, 1<<20)))
+			st.code = "smaller"
+		}
+	}
+	return st
+}
+
+// stop ends the consumer, on the server too as soon as that can be reached; it
+// does not wait for that.
+func (c *consumer) stop() {
+	_ = c.sub.Unsubscribe()
+	if c.live {
+		c.b.stats.consumers.Add(-1)
+	}
+	c.b.deleteConsumer(c.b.stream + "." + c.name)
+}
+
+// filter returns the subjects of all keys that match the pattern, and as few
+// others as the server can tell apart.
+func (b *bucket) filter(p pattern) string {
+	if !p.wild {
+		return b.prefix + p.prefix
+	}
+	return b.prefix + p.prefix[:strings.LastIndexByte(p.prefix, '.')+1] + ">"
+}
+
+// key returns the key of a message that matches the pattern.
+func (b *bucket) key(p pattern, subject string) (string, bool) {
+	key, ok := strings.CutPrefix(subject, b.prefix)
+	return key, ok && p.matches(key) && ValidateKey(key) == nil
+}

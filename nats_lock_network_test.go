@@ -1,0 +1,519 @@
+package state
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// Locks with many waiters, far from the server, and in buckets that cannot hold
+// them.
+
+// TestWaitingForALock: clients that wait for a lock cost the server next to
+// nothing, and one of them has the lock soon after its release.
+func TestWaitingForALock(t *testing.T) {
+	if testing.Short() {
+		t.Skip("ten seconds of waiting")
+	}
+	t.Parallel()
+	const waiters, ttl, seconds, handovers = 50, 30 * time.Second, 10, 9
+	srv := startServer(t, nil)
+	monitor := connect(t, srv.ClientURL())
+	bucket := newBucketName()
+	open := func() *NATSStore {
+		return openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: bucket})
+	}
+	first := mustLock(t, open(), "l", ttl)
+
+	ctx, cancel := context.WithCancel(context.Background())
+	next := make(chan struct{})  // the holder may unlock
+	held := make(chan time.Time) // when a waiter had the lock
+	gone := make(chan time.Time, waiters)
+	var wg sync.WaitGroup
+	for range waiters {
+		s := open()
+		wg.Go(func() {
+			err := WithLock(ctx, s, "l", ttl, func(ctx context.Context, _ uint64) error {
+				select {
+				case held <- time.Now():
+				case <-ctx.Done():
+					return nil
+				}
+				select {
+				case <-next:
+				case <-ctx.Done():
+				}
+				gone <- time.Now()
+				return nil
+			})
+			if err != nil {
+				assert.True(t, err == ErrLockHeld || errors.Is(err, context.Canceled), "%v", err) //nolint:errorlint // bare
+			}
+		})
+	}
+	defer wg.Wait()
+	defer cancel()
+	time.Sleep(3 * time.Second) // they have all been refused
+
+	before := countMessages(t, srv, monitor)
+	time.Sleep(seconds * time.Second)
+	idle := countMessages(t, srv, monitor).since(before)
+	perWaiter := float64(idle.all()) / seconds / waiters
+	t.Logf("%d messages in and %d out in %d s: %.2f per second and waiter", idle.in, idle.out, seconds, perWaiter)
+	assert.LessOrEqual(t, perWaiter, 0.3)
+
+	var took []time.Duration
+	released := time.Now()
+	require.NoError(t, first.Unlock())
+	for range handovers {
+		select {
+		case at := <-held:
+			took = append(took, at.Sub(released))
+		case <-time.After(20 * time.Second):
+			require.FailNow(t, "nobody has the lock")
+		}
+		select {
+		case next <- struct{}{}:
+			released = <-gone
+		case <-time.After(20 * time.Second):
+			require.FailNow(t, "the holder has lost the lock")
+		}
+	}
+	slices.Sort(took)
+	t.Logf("handovers: median %v, at most %v", took[handovers/2], took[handovers-1])
+	assert.Less(t, took[handovers/2], 500*time.Millisecond) // 250 ms on a quiet machine
+}
+
+// TestWaitersOfAProcessAskOnce: however many wait for a lock in one store, they
+// cost the server what one of them does.
+func TestWaitersOfAProcessAskOnce(t *testing.T) {
+	t.Parallel()
+	const waiters, ttl, seconds = 100, 2 * time.Second, 5
+	srv := startServer(t, nil)
+	holder := connect(t, srv.ClientURL())
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	held := make(chan struct{})
+	release := make(chan struct{})
+	wg.Go(func() {
+		assert.NoError(t, WithLock(context.Background(), openStore(t, NATSStoreConfig{Conn: holder, Bucket: "b"}), "l", ttl,
+			func(context.Context, uint64) error { close(held); <-release; return nil }))
+	})
+	<-held
+	var ran atomic.Int64
+	for range waiters {
+		wg.Go(func() {
+			_ = WithLock(ctx, s, "l", ttl, func(context.Context, uint64) error { ran.Add(1); return nil })
+		})
+	}
+	time.Sleep(time.Second) // they have all been refused
+	before := countMessages(t, srv, holder)
+	time.Sleep(seconds * time.Second)
+	idle := countMessages(t, srv, holder).since(before)
+	t.Logf("%d messages in and %d out in %d s", idle.in, idle.out, seconds)
+	// Two requests and their answers for each TTL, and what the holder publishes
+	// every third of one.
+	assert.LessOrEqual(t, idle.all(), int64(2*seconds*(4+3)/2))
+	close(release)
+	eventually(t, func() bool { return ran.Load() >= 10 }, "one after the other has the lock")
+}
+
+// TestHolderAmongWaiters: a holder keeps its lease however many others wait for
+// it in the same process.
+func TestHolderAmongWaiters(t *testing.T) {
+	if testing.Short() {
+		t.Skip("ten seconds of a lease")
+	}
+	t.Parallel()
+	srv := startServer(t, nil)
+	nc, _ := connectAt(t, srv.ClientURL(), distance{rtt: 10 * time.Millisecond})
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	waiting, stop := context.WithCancel(context.Background())
+	var waiters sync.WaitGroup
+	defer waiters.Wait()
+	defer stop()
+	ran := false
+	err := WithLock(context.Background(), s, "l", 2*time.Second, func(ctx context.Context, _ uint64) error {
+		ran = true
+		for range 200 {
+			waiters.Go(func() {
+				_ = WithLock(waiting, s, "l", 2*time.Second, func(context.Context, uint64) error { return nil })
+			})
+		}
+		began := time.Now()
+		select {
+		case <-ctx.Done():
+			assert.Fail(t, "the lease was lost", "after %v: %v", time.Since(began), context.Cause(ctx))
+		case <-time.After(10 * time.Second):
+		}
+		return nil
+	})
+	assert.True(t, ran)
+	assert.NoError(t, err)
+}
+
+// TestWaitersDoNotGiveUp: whoever waits for a lock waits until its context ends.
+func TestWaitersDoNotGiveUp(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	nc, _ := connectAt(t, srv.ClientURL(), distance{rtt: 20 * time.Millisecond})
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	mustLock(t, other, "l", time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Second)
+	defer cancel()
+	const n = 300
+	var early, wrong atomic.Int64
+	var sample atomic.Value
+	var wg sync.WaitGroup
+	for range n {
+		wg.Go(func() {
+			err := WithLock(ctx, s, "l", 2*time.Second, func(context.Context, uint64) error { return nil })
+			if ctx.Err() == nil {
+				early.Add(1)
+				sample.Store(fmt.Sprint(err))
+			}
+			if err != ErrLockHeld && !errors.Is(err, context.DeadlineExceeded) { //nolint:errorlint // bare
+				wrong.Add(1)
+				sample.Store(fmt.Sprint(err))
+			}
+		})
+	}
+	wg.Wait()
+	assert.Less(t, time.Since(deadlineOf(ctx)), 6*time.Second, "they end with their context")
+	assert.Zero(t, early.Load(), "of %d waiters gave up early, one with: %v", n, sample.Load())
+	assert.Zero(t, wrong.Load(), "of %d waiters got another error, one of them: %v", n, sample.Load())
+}
+
+func deadlineOf(ctx context.Context) time.Time {
+	deadline, _ := ctx.Deadline()
+	return deadline
+}
+
+// TestBucketsThatCannotHoldLocks: a bucket that would drop a record of a lock is
+// refused, in words.
+func TestBucketsThatCannotHoldLocks(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	js := newJetStream(t, connect(t, srv.ClientURL()))
+	for name, c := range map[string]struct {
+		change func(*jetstream.StreamConfig)
+		says   string
+	}{
+		"max-age":      {func(cfg *jetstream.StreamConfig) { cfg.MaxAge, cfg.Duplicates = 2*time.Second, 2*time.Second }, "(?i)max.?age|ttl"},
+		"memory":       {func(cfg *jetstream.StreamConfig) { cfg.Storage = jetstream.MemoryStorage }, "(?i)memory|storage"},
+		"markers":      {func(cfg *jetstream.StreamConfig) { cfg.SubjectDeleteMarkerTTL = time.Second }, "(?i)marker"},
+		"drops-oldest": {func(cfg *jetstream.StreamConfig) { cfg.Discard, cfg.MaxBytes = jetstream.DiscardOld, 4096 }, "(?i)discard|max.?bytes"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cfg := jetstream.StreamConfig{
+				Name: "KV_" + name + "-locks", Subjects: []string{"$KV." + name + "-locks.>"}, MaxMsgsPerSubject: 1,
+				AllowRollup: true, AllowDirect: true, AllowMsgTTL: true, Discard: jetstream.DiscardNew,
+			}
+			c.change(&cfg)
+			_, err := js.CreateStream(context.Background(), cfg)
+			require.NoError(t, err)
+			s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: name})
+			_, err = s.Lock("l", time.Minute)
+			require.Error(t, err)
+			assert.ErrorContains(t, err, name+"-locks")
+			assert.Regexp(t, c.says, err.Error())
+			require.NoError(t, s.Put("k", nil, 0), "the data can be written all the same")
+		})
+	}
+	t.Run("data in memory", func(t *testing.T) {
+		t.Parallel()
+		_, err := js.CreateKeyValue(context.Background(), jetstream.KeyValueConfig{Bucket: "volatile", Storage: jetstream.MemoryStorage})
+		require.NoError(t, err)
+		s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "volatile"})
+		mustLock(t, s, "l", time.Minute)
+		stream, err := js.Stream(context.Background(), "KV_volatile-locks")
+		require.NoError(t, err)
+		assert.Equal(t, jetstream.FileStorage, stream.CachedInfo().Config.Storage)
+	})
+}
+
+// TestLocksBucketDeleted: the bucket of the locks is deleted, while somebody
+// listens to everything. Locks work again, and their tokens grow on.
+func TestLocksBucketDeleted(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	nc := connect(t, srv.ClientURL())
+	_, err := nc.Subscribe(">", func(*nats.Msg) {})
+	require.NoError(t, err)
+	js := newJetStream(t, nc)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	var token uint64
+	for range 3 { // so that the next tokens are not larger by chance
+		for range 5 {
+			l := mustLock(t, s, "l", time.Minute)
+			token = l.(Fenced).Token()
+			require.NoError(t, l.Unlock())
+		}
+		require.NoError(t, js.DeleteStream(context.Background(), "KV_b-locks"))
+		for _, store := range []StateStore{s, other} {
+			var l Lock
+			var err error
+			require.True(t, within(5*time.Second, func() bool {
+				l, err = store.Lock("l", time.Minute)
+				return err == nil
+			}), "%v", err)
+			assert.Greater(t, l.(Fenced).Token(), token)
+			token = max(token, l.(Fenced).Token())
+			require.NoError(t, l.Unlock())
+		}
+	}
+}
+
+// TestRefreshNearTheEnd: a lease is refreshed just before its end, also if what
+// the store knows of the server's clock came over a slow link.
+func TestRefreshNearTheEnd(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	const ttl, left = 2 * time.Second, 150 * time.Millisecond
+	for i := range 4 {
+		t.Run(fmt.Sprint(i), func(t *testing.T) {
+			t.Parallel()
+			bucket := newBucketName()
+			near := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: bucket})
+			require.NoError(t, mustLock(t, near, "first", time.Minute).Unlock())
+			nc, p := connectAt(t, srv.ClientURL(), distance{rtt: 400 * time.Millisecond})
+			s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: bucket})
+			require.NoError(t, mustLock(t, s, "first", time.Minute).Unlock())
+			p.move(distance{})
+			require.NoError(t, s.Put("near", nil, 0)) // nothing is on its way any more
+			until := time.Now().Add(ttl)
+			l := mustLock(t, s, "l", ttl)
+			time.Sleep(time.Until(until) - left)
+			if err := l.Refresh(); err != nil {
+				require.False(t, time.Now().Before(until), "%v, %v before the end of the lease", err, time.Until(until))
+				require.Equal(t, ErrLockExpired, err)
+				return // on a busy machine
+			}
+			require.NoError(t, l.Unlock())
+		})
+	}
+}
+
+// TestRefreshBesideBurners: on a busy machine, too, Refresh reports that a lease
+// has lapsed only when it has. It does not run beside other tests.
+func TestRefreshBesideBurners(t *testing.T) {
+	url := startServerProcess(t)
+	const ttl, length = 300 * time.Millisecond, 4 * time.Second
+	var quit atomic.Bool
+	var burners, holders sync.WaitGroup
+	for range 4 {
+		burners.Go(func() {
+			for !quit.Load() {
+			}
+		})
+	}
+	defer burners.Wait()
+	defer quit.Store(true)
+	var refreshes, lapsed atomic.Int64
+	for i := range 4 {
+		s := openStore(t, NATSStoreConfig{Conn: connect(t, url), Bucket: "b"})
+		holders.Go(func() {
+			for end := time.Now().Add(length); time.Now().Before(end); {
+				until := time.Now().Add(ttl)
+				l, err := s.Lock(fmt.Sprint("l.", i), ttl)
+				if err == ErrLockHeld || err == ErrLockExpired { //nolint:errorlint // bare
+					continue
+				}
+				if !assert.NoError(t, err) {
+					return
+				}
+				for n := 0; err == nil && time.Now().Before(end); n++ {
+					if n%5 == 4 { // close to the lease's end
+						time.Sleep(time.Until(until) - ttl/5)
+					}
+					asked := time.Now()
+					if err = l.Refresh(); err == nil {
+						until = asked.Add(ttl)
+						refreshes.Add(1)
+					}
+				}
+				if err == ErrLockExpired { //nolint:errorlint // bare
+					lapsed.Add(1)
+					early := time.Until(until)
+					assert.LessOrEqual(t, early, time.Duration(0), "the lease runs for another %v", early)
+				}
+				_ = l.Unlock()
+			}
+		})
+	}
+	holders.Wait()
+	t.Logf("%d refreshes, %d leases lapsed", refreshes.Load(), lapsed.Load())
+	assert.NotZero(t, refreshes.Load())
+}
+
+// TestStalledRefreshes: nothing gets through. Each Refresh and the Unlock give
+// up after five seconds of their own.
+func TestStalledRefreshes(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	nc, p := connectAt(t, srv.ClientURL(), distance{})
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	l := mustLock(t, s, "l", time.Minute)
+	p.stall()
+	var wg sync.WaitGroup
+	call := func(name string, f func() error) {
+		wg.Go(func() {
+			began := time.Now()
+			err := f()
+			assert.Error(t, err, name)
+			assert.Less(t, time.Since(began), 8*time.Second, name)
+		})
+	}
+	for i := range 6 {
+		call(fmt.Sprintf("Refresh %d", i), l.Refresh)
+	}
+	time.Sleep(100 * time.Millisecond) // so that the Unlock comes after them
+	call("Unlock", l.Unlock)
+	wg.Wait()
+	p.resume()
+	eventually(t, func() bool {
+		err := l.Unlock()
+		return err == nil || err == ErrLockNotHeld //nolint:errorlint // bare
+	}, "an Unlock") // the first may have got through after all
+	require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
+}
+
+// TestStoreOnABucketOfLocks: a bucket that holds the locks of another one is no
+// bucket for data.
+func TestStoreOnABucketOfLocks(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "app"})
+	l := mustLock(t, s, "l", time.Minute)
+	intruder, err := NewNATSStore(NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "app-locks"})
+	if err == nil {
+		require.NoError(t, intruder.Close())
+	}
+	require.ErrorContains(t, err, `"app-locks"`)
+	assert.Regexp(t, "(?i)(hold|keep).* locks", err.Error())
+	require.NoError(t, l.Refresh())
+	require.NoError(t, l.Unlock())
+}
+
+// TestReadsAfterALeadersDeath: when the leader of three has died, reads work
+// again as soon as writes do.
+func TestReadsAfterALeadersDeath(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster and its elections")
+	}
+	t.Parallel()
+	servers := startProcessCluster(t)
+	at := func(i int) string { return servers[i%3].url() }
+	openStore(t, NATSStoreConfig{Conn: connect(t, at(0)), Bucket: "b", Replicas: 3})
+	stream, err := newJetStream(t, connect(t, at(0))).Stream(context.Background(), "KV_b")
+	require.NoError(t, err)
+	var leader int
+	_, err = fmt.Sscanf(stream.CachedInfo().Cluster.Leader, "s%d", &leader)
+	require.NoError(t, err)
+	survivor := at(leader + 1)
+	writer := openStore(t, NATSStoreConfig{Conn: connect(t, survivor), Bucket: "b"})
+	require.NoError(t, writer.Put("k", nil, 0))
+	var readers []*NATSStore
+	for range 12 {
+		readers = append(readers, openStore(t, NATSStoreConfig{Conn: connect(t, survivor), Bucket: "b"}))
+	}
+	servers[leader].kill() // who is stopped hands over
+	died := time.Now()
+	recovery := func(f func() error) time.Duration {
+		for f() != nil {
+			if time.Since(died) > 60*time.Second {
+				break
+			}
+		}
+		return time.Since(died)
+	}
+	var write time.Duration
+	reads := make([]time.Duration, len(readers))
+	var wg sync.WaitGroup
+	wg.Go(func() { write = recovery(func() error { return writer.Put("k", nil, 0) }) })
+	for i, s := range readers {
+		wg.Go(func() {
+			time.Sleep(time.Duration(i) * 200 * time.Millisecond) // they are not in step
+			reads[i] = recovery(func() error { _, err := s.Get("k"); return err })
+		})
+	}
+	wg.Wait()
+	t.Logf("Put works again after %v, Get after %v", write, reads)
+	assert.Less(t, slices.Max(reads), write+2*time.Second)
+	assert.Less(t, write, 30*time.Second)
+}
+
+// startProcessCluster runs three servers in processes of their own, named s0 to
+// s2, that can be killed.
+func startProcessCluster(t testing.TB) []*process {
+	t.Helper()
+	bin, err := serverBinary()
+	require.NoError(t, err)
+	var servers []*process
+	var routes []string
+	for range 3 {
+		routes = append(routes, fmt.Sprintf("nats://127.0.0.1:%d", freePort(t)))
+		servers = append(servers, &process{bin: bin, dir: t.TempDir(), port: freePort(t)})
+	}
+	for i, p := range servers {
+		p.cmd = exec.Command(bin, "-n", fmt.Sprintf("s%d", i), "-a", "127.0.0.1", "-p", fmt.Sprint(p.port), "-js", "-sd", p.dir,
+			"-cluster_name", "test", "-cluster", routes[i], "-routes", strings.Join(routes, ","))
+		require.NoError(t, p.cmd.Start())
+		t.Cleanup(p.kill)
+	}
+	for _, p := range servers {
+		var nc *nats.Conn
+		eventually(t, func() bool {
+			var err error
+			nc, err = nats.Connect(p.url())
+			return err == nil
+		}, "the server process starts")
+		eventually(t, func() bool {
+			_, err := nc.Request("$JS.API.STREAM.CREATE.probe", []byte(`{"name":"probe","subjects":["probe"],"num_replicas":3}`), 5*time.Second)
+			return err == nil
+		}, "an answer")
+		require.True(t, within(30*time.Second, func() bool {
+			answer, err := nc.Request("$JS.API.STREAM.INFO.probe", nil, 5*time.Second)
+			return err == nil && strings.Count(string(answer.Data), `"current":true`) == 2
+		}), "a replicated stream")
+		nc.Close()
+	}
+	return servers
+}
+
+// TestZeroNATSStore: the methods of a store that was not opened fail.
+func TestZeroNATSStore(t *testing.T) {
+	for name, f := range map[string]func(s *NATSStore) error{
+		"Get":         func(s *NATSStore) error { _, err := s.Get("k"); return err },
+		"GetKeyValue": func(s *NATSStore) error { _, err := s.GetKeyValue("k"); return err },
+		"Put":         func(s *NATSStore) error { return s.Put("k", nil, 0) },
+		"Update":      func(s *NATSStore) error { _, err := s.Update("k", nil, 0, 0); return err },
+		"Delete":      func(s *NATSStore) error { return s.Delete("k") },
+		"Keys":        func(s *NATSStore) error { _, err := s.Keys("*"); return err },
+		"Watch":       func(s *NATSStore) error { _, err := s.Watch("*"); return err },
+		"Lock":        func(s *NATSStore) error { _, err := s.Lock("l", time.Minute); return err },
+	} {
+		t.Run(name, func(t *testing.T) {
+			assert.NotPanics(t, func() { assert.Error(t, f(&NATSStore{})) })
+		})
+	}
+	assert.NotPanics(t, func() { _ = (&NATSStore{}).Close() })
+}

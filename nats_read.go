@@ -1,0 +1,153 @@
+package state
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// last reads the last record of a key. It sees every write that was
+// acknowledged before.
+//
+// A direct get costs the server less than a request to the leader, but a replica
+// or a mirror may answer it, and these lag. So it is used while the stream is
+// known to be on one server, and its answer counts only if it names the stream
+// itself and is not older than what this client knows. That a key does not exist
+// only the leader can say.
+func (b *bucket) last(t *retryBudget, key string) (record, error) {
+	if b.direct() {
+		if r, ok := b.directLast(t, key); ok {
+			return r, nil
+		}
+	}
+	return b.leaderLast(t, key)
+}
+
+// direct reports whether a direct get may be used now.
+func (b *bucket) direct() bool {
+	s := b.settings.Load()
+	if s.Replicas > 1 || !s.AllowDirect || s.copies {
+		return false
+	}
+	if e, _ := b.current(); s.epoch != e || time.Since(s.checked) > settingsLife {
+		b.check()
+		return false
+	}
+	return true
+}
+
+// directLast reads the last record of a key from whoever answers first. It
+// reports whether the answer can be relied on.
+func (b *bucket) directLast(t *retryBudget, key string) (record, bool) {
+	answer, _, err := b.do(t, &nats.Msg{Subject: b.api + "DIRECT.GET." + b.stream + "." + b.prefix + key}, repeatable)
+	if err != nil {
+		return record{}, false
+	}
+	r, ok := directRecord(answer, b.stream, b.settings.Load().MaxAge)
+	if !ok || b.cache.recall(key).revision > r.revision {
+		if statusOf(answer) == "" {
+			b.check() // there is a mirror or a replica, or the headers cannot be read
+		}
+		return record{}, false
+	}
+	b.clock.observe(r.modified)
+	return r, true
+}
+
+// leaderLast reads the last record of a key from the stream's leader.
+//
+// A leader that was cut off answers with what it had then. It is found out if
+// this client knows of something newer.
+func (b *bucket) leaderLast(t *retryBudget, key string) (record, error) {
+	var doubted time.Time
+	for {
+		r, err := b.leaderRecord(t, key)
+		if err != nil {
+			return record{}, err
+		}
+		known := b.cache.recall(key)
+		switch {
+		case known.revision <= r.revision, !b.replicated():
+			return r, nil
+		case r.revision == 0 && !known.exists(b.clock.now()):
+			return r, nil // it has gone since
+		}
+		// Or it was removed by hand, or the stream is another one by now. While
+		// one leader takes over from another they answer in turn: only time
+		// decides.
+		info, err := b.info(t)
+		if err != nil {
+			return record{}, err
+		}
+		if doubted.IsZero() {
+			doubted = time.Now()
+			b.log.Warn("state: the stream's leader knows less than it acknowledged", "bucket", b.name, "key", key)
+		}
+		if b.cache.recall(key).revision == 0 || info.State.LastSeq >= known.revision && time.Since(doubted) > doubtFor {
+			b.cache.forget(key)
+			return r, nil
+		}
+		if !t.wait(b.life) {
+			return record{}, errStaleLeader
+		}
+	}
+}
+
+// doubtFor is how long an answer is doubted that is older than what is known.
+const doubtFor = 1500 * time.Millisecond
+
+var errStaleLeader = errors.New("the stream's leader does not have what it acknowledged: it was cut off from the other servers")
+
+// leaderRecord reads the last record of a key as the leader has it.
+func (b *bucket) leaderRecord(t *retryBudget, key string) (record, error) {
+	msg, err := b.leaderMsg(t, b.prefix+key)
+	if err != nil || msg == nil {
+		return record{}, err
+	}
+	r := msg.record(b.settings.Load().MaxAge)
+	b.clock.observe(r.modified)
+	return r, nil
+}
+
+// leaderMsg reads the last message on a subject, which may have wildcards. It
+// returns nil if there is none.
+func (b *bucket) leaderMsg(t *retryBudget, subject string) (*storedMsg, error) {
+	var req = struct {
+		LastFor string `json:"last_by_subj"`
+	}{subject}
+	var answer struct {
+		Message *storedMsg `json:"message"`
+	}
+	err := b.streamCall(t, "STREAM.MSG.GET", b.stream, req, &answer)
+	if apiCode(err) == codeNoMessage {
+		return nil, nil
+	}
+	return answer.Message, err
+}
+
+// entryOf returns the record of a key that exists, or ErrNotFound.
+func (b *bucket) entryOf(t *retryBudget, key string) (record, error) {
+	r, err := b.last(t, key)
+	if err != nil {
+		return record{}, err
+	}
+	b.cache.learn(key, r)
+	if !b.exists(t, &r) {
+		return record{}, ErrNotFound
+	}
+	return r, nil
+}
+
+// opError adds to an error what was to be done, unless it is a documented one.
+func opError(verb, key string, err error) error {
+	switch err {
+	case nil, ErrNotFound, ErrConflict, ErrValueTooLarge, ErrStoreFull, ErrClosed, ErrLockHeld, ErrLockExpired, ErrLockNotHeld:
+		return err
+	}
+	if errors.Is(err, ErrClosed) && !errors.Is(err, ErrOutcomeUnknown) {
+		return ErrClosed
+	}
+	return fmt.Errorf("state: %s %q: %w", verb, key, err)
+}

@@ -1,0 +1,632 @@
+package state
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	mathrand "math/rand/v2"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+const (
+	// opTimeout is how long an operation goes on without progress, and
+	// opLimit how long it goes on at all while others make progress at its cost.
+	opTimeout = 5 * time.Second
+	opLimit   = 10 * time.Second
+	// minAttempt is the time that must be left for another attempt: cut short,
+	// it would hide why the one before failed.
+	minAttempt = 200 * time.Millisecond
+	// checkInterval is how often a request that is not answered looks for the
+	// reason.
+	checkInterval = 250 * time.Millisecond
+	// repeatInterval is how often a request is made again that a leader that is
+	// being elected may never answer.
+	repeatInterval = 500 * time.Millisecond
+	// ackTimeout is how long a write that can be repeated safely waits for its
+	// acknowledgement once it cannot be on its way any more.
+	ackTimeout = time.Second
+	// goneAfter is how long a stream of several servers is not found before it
+	// counts as gone: a server that is starting may not know it yet.
+	goneAfter = time.Second
+)
+
+// The error codes of the JetStream API that mean something to us.
+const (
+	codeMaxConsumers   jetstream.ErrorCode = 10026
+	codeUnavailable    jetstream.ErrorCode = 10008
+	codeNoMessage      jetstream.ErrorCode = 10037
+	codeNoAccount      jetstream.ErrorCode = 10039
+	codeAccountFull    jetstream.ErrorCode = 10047 // or memory: 10028
+	codeMemoryFull     jetstream.ErrorCode = 10028
+	codeStreamFailed   jetstream.ErrorCode = 10077
+	codeTooLarge       jetstream.ErrorCode = 10054
+	codeNameInUse      jetstream.ErrorCode = 10058
+	codeNoStream       jetstream.ErrorCode = 10059
+	codeWrongSequence  jetstream.ErrorCode = 10071
+	codeNotEnabled     jetstream.ErrorCode = 10076
+	codeNoRollup       jetstream.ErrorCode = 10111
+	codeStreamOffline  jetstream.ErrorCode = 10118
+	codeOffline        jetstream.ErrorCode = 10119
+	codeInactiveLimit  jetstream.ErrorCode = 10153
+	codeWriteInFlight  jetstream.ErrorCode = 10164
+	codeNoMessageTTL   jetstream.ErrorCode = 10166
+	codeTooManyPending jetstream.ErrorCode = 10167
+)
+
+// apiCode returns the JetStream error code of err, 0 if it has none.
+func apiCode(err error) jetstream.ErrorCode {
+	var api *jetstream.APIError
+	if errors.As(err, &api) {
+		return api.ErrorCode
+	}
+	return 0
+}
+
+// passing reports whether a request that failed with err, and was not carried
+// out, may succeed if it is made again.
+func passing(err error) bool {
+	switch apiCode(err) {
+	case codeUnavailable, codeTooManyPending, codeOffline, codeStreamOffline:
+		return true
+	}
+	return errors.Is(err, nats.ErrNoResponders) || errors.Is(err, nats.ErrDisconnected)
+}
+
+// errNoAnswer is the cause of a request that nobody answered.
+var errNoAnswer = fmt.Errorf("no answer: %w", context.DeadlineExceeded)
+
+// A retryBudget is the time that one operation has. An answer is progress, and
+// gives it more.
+type retryBudget struct {
+	ctx   context.Context // the caller's
+	begun time.Time
+	since time.Time // when progress was made last
+	pause time.Duration
+}
+
+func newBudget(ctx context.Context) *retryBudget {
+	now := time.Now()
+	return &retryBudget{ctx: ctx, begun: now, since: now, pause: firstPause}
+}
+
+// firstPause is how long about an operation waits before its second attempt.
+const firstPause = 500 * time.Microsecond
+
+func (b *retryBudget) progress() { b.since = time.Now() }
+
+// left returns how long the operation may still go on without progress.
+func (b *retryBudget) left() time.Duration {
+	return min(time.Until(b.since.Add(opTimeout)), time.Until(b.begun.Add(opLimit)))
+}
+
+// wait pauses, randomly and for longer each time, and reports whether there is
+// time left for another attempt.
+func (b *retryBudget) wait(life context.Context) bool {
+	timer := time.NewTimer(b.pause/2 + mathrand.N(b.pause))
+	defer timer.Stop()
+	b.pause = min(2*b.pause, 100*time.Millisecond)
+	select {
+	case <-timer.C:
+		return b.left() > minAttempt
+	case <-b.ctx.Done():
+	case <-life.Done():
+	}
+	return false
+}
+
+// A requester makes requests on a connection. It publishes only while the
+// connection is up: what the client library would hold back while it reconnects
+// could take effect at any later time.
+type requester struct {
+	nc    *nats.Conn
+	api   string // what the subjects of the JetStream API begin with
+	route string // what the subjects of a bucket are published behind, as a rule ""
+	log   *slog.Logger
+	stats counters
+
+	life   context.Context // until Close
+	close  context.CancelFunc
+	active sync.WaitGroup // what Close waits for
+
+	inbox string // what reply subjects begin with
+	sub   *nats.Subscription
+
+	mu        sync.Mutex // guards what follows
+	closed    bool
+	exchanges map[string]*exchange // by the reply subject that each waits on
+	next      uint64
+	epoch     *epoch
+	pinging   bool
+	pinged    time.Time // when the newest ping was sent that was answered
+	orphans   []string  // consumers to delete when connected, with their streams
+}
+
+// An epoch is a time during which the connection stays what it is: up or down.
+type epoch struct {
+	status nats.Status
+	over   chan struct{}
+}
+
+func newEpoch(status nats.Status) *epoch { return &epoch{status, make(chan struct{})} }
+
+// An exchange is a request that waits for its answer.
+type exchange struct {
+	reply  string
+	answer chan *nats.Msg // with room for what may come: nobody waits to fill it
+	timer  *time.Timer
+}
+
+var exchangePool = sync.Pool{New: func() any {
+	x := &exchange{answer: make(chan *nats.Msg, 2), timer: time.NewTimer(time.Hour)}
+	x.timer.Stop()
+	return x
+}}
+
+// newRequester subscribes to the answers and follows the connection's state.
+func newRequester(cfg *NATSStoreConfig) (*requester, error) {
+	r := &requester{
+		nc: cfg.Conn, api: "$JS.API.", log: cfg.Logger,
+		exchanges: make(map[string]*exchange), epoch: newEpoch(cfg.Conn.Status()),
+	}
+	switch {
+	case cfg.Domain != "":
+		r.api = "$JS." + cfg.Domain + ".API."
+		r.route = r.api
+	case cfg.APIPrefix != "":
+		r.api = strings.TrimSuffix(cfg.APIPrefix, ".") + "."
+		r.route = r.api
+	}
+	if r.log == nil {
+		r.log = slog.New(slog.DiscardHandler)
+	}
+	r.life, r.close = context.WithCancel(context.Background())
+	r.inbox = r.nc.NewInbox() + "."
+	var err error
+	if r.sub, err = r.nc.Subscribe(r.inbox+"*", r.receive); err != nil {
+		r.close()
+		return nil, err
+	}
+	_ = r.sub.SetPendingLimits(-1, -1)
+	status := r.nc.StatusChanged()
+	r.active.Go(func() { r.follow(status) })
+	return r, nil
+}
+
+// stop ends what newRequester began.
+func (r *requester) stop() {
+	r.mu.Lock()
+	r.closed = true
+	r.mu.Unlock()
+	r.close()
+	r.active.Wait()
+	_ = r.sub.Unsubscribe()
+}
+
+// start runs f in a goroutine that stop waits for. After Close it runs nothing.
+func (r *requester) start(f func()) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return false
+	}
+	r.active.Go(f)
+	return true
+}
+
+// follow begins a new epoch whenever the connection's state changes.
+func (r *requester) follow(status chan nats.Status) {
+	defer r.nc.RemoveStatusListener(status)
+	for {
+		select {
+		case st, open := <-status:
+			r.mu.Lock()
+			last := r.epoch
+			r.epoch = newEpoch(st)
+			var orphans []string
+			if st == nats.CONNECTED {
+				orphans, r.orphans = r.orphans, nil
+			}
+			r.mu.Unlock()
+			close(last.over)
+			for _, name := range orphans {
+				r.deleteConsumer(name)
+			}
+			if !open {
+				return
+			}
+		case <-r.life.Done():
+			return
+		}
+	}
+}
+
+// current returns the epoch, and whether the connection is up.
+func (r *requester) current() (*epoch, nats.Status) {
+	r.mu.Lock()
+	e := r.epoch
+	r.mu.Unlock()
+	return e, r.nc.Status()
+}
+
+// connected waits until the connection is up, and returns its epoch.
+func (r *requester) connected(t *retryBudget) (*epoch, error) {
+	for late := false; ; {
+		e, status := r.current()
+		switch status {
+		case nats.CONNECTED:
+			if e.status == nats.CONNECTED || late {
+				return e, nil
+			}
+			late = true // the news of it is on its way
+		case nats.CLOSED:
+			return nil, nats.ErrConnectionClosed
+		case nats.DRAINING_PUBS, nats.DRAINING_SUBS:
+			return nil, nats.ErrConnectionDraining
+		}
+		pause := checkInterval
+		if late {
+			pause = checkInterval / 5
+		}
+		timer := time.NewTimer(min(max(t.left(), 0), pause))
+		select {
+		case <-e.over:
+		case <-timer.C:
+		case <-t.ctx.Done():
+		case <-r.life.Done():
+		}
+		timer.Stop()
+		if err := r.ended(t); err != nil {
+			return nil, err
+		}
+		if t.left() <= 0 {
+			return nil, nats.ErrDisconnected
+		}
+	}
+}
+
+// ended returns why an operation must not go on, nil if it may.
+func (r *requester) ended(t *retryBudget) error {
+	if r.life.Err() != nil {
+		return ErrClosed
+	}
+	return t.ctx.Err()
+}
+
+// receive hands an answer to the exchange that waits for it.
+func (r *requester) receive(msg *nats.Msg) {
+	r.mu.Lock()
+	x := r.exchanges[msg.Subject]
+	if x != nil {
+		select {
+		case x.answer <- msg:
+		default: // it has what it waits for
+		}
+	}
+	r.mu.Unlock()
+}
+
+// expect begins an exchange.
+func (r *requester) expect() *exchange {
+	x := exchangePool.Get().(*exchange)
+	r.register(x)
+	return x
+}
+
+// register gives an exchange a reply subject of its own.
+func (r *requester) register(x *exchange) {
+	r.mu.Lock()
+	r.next++
+	x.reply = r.inbox + strconv.FormatUint(r.next, 36)
+	r.exchanges[x.reply] = x
+	r.mu.Unlock()
+}
+
+func (r *requester) unregister(x *exchange) {
+	r.mu.Lock()
+	delete(r.exchanges, x.reply)
+	r.mu.Unlock()
+}
+
+// forget ends an exchange. An answer that comes later is dropped.
+func (r *requester) forget(x *exchange) {
+	r.unregister(x)
+	x.timer.Stop()
+	for {
+		select {
+		case <-x.answer:
+			continue
+		default:
+		}
+		break
+	}
+	exchangePool.Put(x)
+}
+
+// repetition says what may be done about a request that is not answered.
+type repetition int
+
+const (
+	once       repetition = iota // wait: it must not be made twice
+	resolvable                   // give up soon: its fate can be looked up
+	repeatable                   // make it again: it changes nothing
+)
+
+// do makes a request and returns its answer. If it fails, the request was not
+// sent, or it was answered by nobody (nats.ErrNoResponders), or its answer is
+// lost: that is when the error wraps errNoAnswer, nats.ErrDisconnected after
+// the request was sent, or the end of the budget's context.
+//
+// An answer that is on its way is waited for, however narrow the link: the
+// request is not abandoned while anything arrives and the server has not been
+// heard since.
+func (r *requester) do(t *retryBudget, msg *nats.Msg, rep repetition) (answer *nats.Msg, sent bool, err error) {
+	if err := r.ended(t); err != nil {
+		return nil, false, err
+	}
+	e, err := r.connected(t)
+	if err != nil {
+		return nil, false, err
+	}
+	x := r.expect()
+	defer r.forget(x)
+	msg.Reply = x.reply
+	if err := r.publish(msg); err != nil {
+		return nil, false, err
+	}
+	w := waiter{r: r, t: t, sent: time.Now(), first: time.Now()}
+	x.timer.Reset(checkInterval)
+	for copies := 1; ; {
+		select {
+		case answer := <-x.answer:
+			if noResponders(answer) {
+				if copies--; copies > 0 {
+					continue // the other one may be answered
+				}
+				return nil, false, nats.ErrNoResponders
+			}
+			t.progress()
+			return answer, true, nil
+		case <-x.timer.C:
+			switch w.check(rep) {
+			case giveUp:
+				return nil, true, r.explain(errNoAnswer, msg.Subject)
+			case repeatNow:
+				if r.publish(msg) == nil {
+					copies++
+				}
+			}
+			x.timer.Reset(checkInterval)
+		case <-e.over:
+			if _, status := r.current(); status == nats.CLOSED {
+				return nil, true, nats.ErrConnectionClosed
+			}
+			return nil, true, nats.ErrDisconnected
+		case <-t.ctx.Done():
+			return nil, true, t.ctx.Err()
+		case <-r.life.Done():
+			return nil, true, ErrClosed
+		}
+	}
+}
+
+// doMany makes a request that is answered by several messages, at most as many
+// as given, of which last recognises the last one.
+func (r *requester) doMany(t *retryBudget, msg *nats.Msg, most int, last func(*nats.Msg) bool) ([]*nats.Msg, error) {
+	t = newBudget(t.ctx)
+	e, err := r.connected(t)
+	if err != nil {
+		return nil, err
+	}
+	x := &exchange{answer: make(chan *nats.Msg, most)}
+	r.register(x)
+	defer r.unregister(x)
+	msg.Reply = x.reply
+	if err := r.publish(msg); err != nil {
+		return nil, err
+	}
+	w := waiter{r: r, t: t, sent: time.Now(), first: time.Now()}
+	timer := time.NewTimer(checkInterval)
+	defer timer.Stop()
+	for answers := []*nats.Msg(nil); ; {
+		select {
+		case answer := <-x.answer:
+			t.progress()
+			if answers = append(answers, answer); last(answer) || len(answers) == most {
+				return answers, nil
+			}
+		case <-timer.C:
+			if w.check(once) == giveUp {
+				return nil, r.explain(errNoAnswer, msg.Subject)
+			}
+			timer.Reset(checkInterval)
+		case <-e.over:
+			return nil, nats.ErrDisconnected
+		case <-t.ctx.Done():
+			return nil, t.ctx.Err()
+		case <-r.life.Done():
+			return nil, ErrClosed
+		}
+	}
+}
+
+func (r *requester) publish(msg *nats.Msg) error {
+	r.stats.requests.Add(1)
+	return r.nc.PublishMsg(msg)
+}
+
+// noResponders reports whether an answer is the server's word that nobody
+// listens.
+func noResponders(msg *nats.Msg) bool {
+	return len(msg.Data) == 0 && statusOf(msg) == "503"
+}
+
+// statusOf returns the status that the server sent in place of a message, "" if
+// this is a message. Those that were stored can have any header: a real status
+// comes without data and without the sequence that every message has.
+func statusOf(msg *nats.Msg) string {
+	if len(msg.Data) > 0 || len(msg.Header["Nats-Sequence"]) > 0 {
+		return ""
+	}
+	return msg.Header.Get("Status")
+}
+
+// A waiter decides what to do about an answer that does not come.
+type waiter struct {
+	r     *requester
+	t     *retryBudget
+	first time.Time // when the request was sent
+	sent  time.Time // and when the last time
+	in    uint64    // messages that had come in by the last check
+}
+
+type verdict int
+
+const (
+	waitOn verdict = iota
+	repeatNow
+	giveUp
+)
+
+// check looks whether the answer may be on its way: a ping that was sent after
+// the request is answered behind everything that the server had to say by then.
+func (w *waiter) check(rep repetition) verdict {
+	now := time.Now()
+	in := w.r.nc.Stats().InMsgs
+	moving := in != w.in
+	w.in = in
+	w.retried(now)
+	if w.r.heardSince(w.sent) {
+		// It is not on its way; it is late, or lost.
+		switch {
+		case rep == repeatable && now.Sub(w.sent) >= repeatInterval && w.r.elections():
+			if w.t.left() <= minAttempt {
+				return giveUp
+			}
+			w.sent = now
+			w.r.stats.retries.Add(1)
+			return repeatNow
+		case rep == resolvable && now.Sub(w.sent) >= ackTimeout:
+			return giveUp
+		}
+	} else if moving {
+		w.t.progress()
+		w.t.begun = now // the link is slow, nobody else is in the way
+	}
+	if w.t.left() <= 0 {
+		return giveUp
+	}
+	return waitOn
+}
+
+// retried logs, once, that a request takes longer than a second.
+func (w *waiter) retried(now time.Time) {
+	if d := now.Sub(w.first); d >= time.Second && d < time.Second+checkInterval {
+		w.r.log.Warn("state: a request is not answered", "after", d.Round(time.Millisecond))
+	}
+}
+
+// elections reports whether the stream may be between two leaders.
+func (r *requester) elections() bool { return r.nc.ConnectedClusterName() != "" }
+
+// heardSince reports whether the server has answered a ping that was sent after
+// a time. If not, it sends one.
+func (r *requester) heardSince(sent time.Time) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.pinged.After(sent) {
+		return true
+	}
+	if !r.pinging && !r.closed {
+		r.pinging = true
+		r.active.Go(func() {
+			ctx, cancel := context.WithTimeout(r.life, time.Minute)
+			defer cancel()
+			asked := time.Now()
+			err := r.nc.FlushWithContext(ctx)
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			if r.pinging = false; err == nil {
+				r.pinged = asked
+			}
+		})
+	}
+	return false
+}
+
+// explain adds to the error of a request that got no answer what the connection
+// reported last: a refusal for lack of permission comes apart from the request.
+// It is a hint, and proves nothing about this request.
+func (r *requester) explain(err error, subject string) error {
+	err = fmt.Errorf("%s: %w", subject, err)
+	if last := r.nc.LastError(); last != nil {
+		if text := last.Error(); errors.Is(last, nats.ErrPermissionViolation) &&
+			(strings.Contains(text, `"`+subject+`"`) || strings.Contains(text, "_INBOX")) ||
+			errors.Is(last, nats.ErrMaxSubscriptionsExceeded) {
+			err = fmt.Errorf("%w (the connection last reported: %w)", err, last)
+		}
+	}
+	return err
+}
+
+// call makes a request of the JetStream API that changes nothing, or that may
+// be made twice, until it is answered.
+func (r *requester) call(t *retryBudget, verb, object string, req, answer any) error {
+	var data []byte
+	if req != nil {
+		var err error
+		if data, err = json.Marshal(req); err != nil {
+			return err
+		}
+	}
+	msg := &nats.Msg{Subject: r.api + verb + "." + object, Data: data}
+	for {
+		reply, _, err := r.do(t, msg, repeatable)
+		if err == nil {
+			err = decodeAnswer(reply.Data, answer)
+		}
+		if err == nil || !passing(err) || !t.wait(r.life) {
+			return err
+		}
+		r.stats.retries.Add(1)
+	}
+}
+
+// decodeAnswer reads the answer to a request of the JetStream API.
+func decodeAnswer(data []byte, answer any) error {
+	var failed struct {
+		Error *jetstream.APIError `json:"error"`
+	}
+	if err := json.Unmarshal(data, &failed); err != nil {
+		return fmt.Errorf("answer of the JetStream API: %w", err)
+	}
+	if failed.Error != nil {
+		return failed.Error
+	}
+	if answer == nil {
+		return nil
+	}
+	if err := json.Unmarshal(data, answer); err != nil {
+		return fmt.Errorf("answer of the JetStream API: %w", err)
+	}
+	return nil
+}
+
+// deleteConsumer has the server delete a consumer, now or when the connection
+// is back. It waits for nothing.
+func (r *requester) deleteConsumer(name string) {
+	if r.nc.IsConnected() {
+		_ = r.nc.Publish(r.api+"CONSUMER.DELETE."+name, nil)
+		return
+	}
+	r.mu.Lock()
+	r.orphans = append(r.orphans, name)
+	r.mu.Unlock()
+}

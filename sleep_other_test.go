@@ -1,0 +1,7 @@
+//go:build !linux
+
+package state
+
+import "time"
+
+func sleepBriefly(d time.Duration) { time.Sleep(d) }
