@@ -86,20 +86,12 @@ func (c *ourClient) beat(key string) error { return c.store.Put(key, value, hear
 func (c *ourClient) configure(key, value string) error { return c.store.Put(key, []byte(value), 0) }
 
 func (c *ourClient) followConfig(ctx context.Context, changed func(key, value string)) error {
-	changes, err := watchUntil(ctx, c.store, "config.*")
+	current, changes, err := state.Follow(ctx, c.store, "config.*")
 	if err != nil {
 		return err
 	}
-	keys, err := c.store.Keys("config.*")
-	if err != nil {
-		return err
-	}
-	for _, key := range keys {
-		value, err := c.store.Get(key)
-		if err != nil && err != state.ErrNotFound {
-			return err
-		}
-		changed(key, string(value))
+	for _, kv := range current {
+		changed(kv.Key, string(kv.Value))
 	}
 	go func() {
 		for kv := range changes {
@@ -110,7 +102,7 @@ func (c *ourClient) followConfig(ctx context.Context, changed func(key, value st
 }
 
 func (c *ourClient) followAgents(ctx context.Context, died func(key string)) error {
-	changes, err := watchUntil(ctx, c.store, "agents.*")
+	_, changes, err := state.Follow(ctx, c.store, "agents.*")
 	if err != nil {
 		return err
 	}
@@ -267,21 +259,11 @@ func openAgent(id int, kind, url string, failed func(error)) (*agent, error) {
 		return nil, err
 	}
 	a.ctx, a.cancel = context.WithCancel(ctx)
-	err = a.client.followConfig(a.ctx, func(key, value string) {
-		seen := sighting{value, time.Now()}
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		switch key {
-		case versionKey:
-			a.version = seen
-		case leaderKey:
-			a.leader = seen
-		}
-	})
+	err = a.persist(func() error { return a.client.followConfig(a.ctx, a.changed) })
 	if err != nil {
 		return nil, err
 	}
-	if err := a.beat(); err != nil {
+	if err := a.persist(a.beat); err != nil {
 		return nil, err
 	}
 	a.wg.Go(a.keepBeating)
@@ -294,6 +276,30 @@ func openAgent(id int, kind, url string, failed func(error)) (*agent, error) {
 		}
 	})
 	return a, nil
+}
+
+// persist does something until it succeeds or patience ends.
+func (a *agent) persist(do func() error) error {
+	deadline := time.Now().Add(patience)
+	for {
+		err := do()
+		if err == nil || time.Now().After(deadline) {
+			return err
+		}
+		a.failed(err)
+	}
+}
+
+func (a *agent) changed(key, value string) {
+	seen := sighting{value, time.Now()}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch key {
+	case versionKey:
+		a.version = seen
+	case leaderKey:
+		a.leader = seen
+	}
 }
 
 func (a *agent) beat() error {
@@ -336,11 +342,13 @@ func (a *agent) watch() error {
 	a.mu.Lock()
 	a.watching = true
 	a.mu.Unlock()
-	return a.client.followAgents(a.ctx, func(key string) {
-		seen := sighting{key, time.Now()}
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		a.dead[key] = seen
+	return a.persist(func() error {
+		return a.client.followAgents(a.ctx, func(key string) {
+			seen := sighting{key, time.Now()}
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			a.dead[key] = seen
+		})
 	})
 }
 

@@ -61,6 +61,14 @@ type cache struct {
 	put  func(key string, v []byte)
 }
 
+// read reads a key that exists.
+func (c cache) read(key string) error {
+	if v, ok := c.get(key); !ok || len(v) != len(value) {
+		return fmt.Errorf("no %q", key)
+	}
+	return nil
+}
+
 // copying makes a cache do what a store must: nobody shares the bytes.
 func (c cache) copying() cache {
 	return cache{
@@ -175,14 +183,7 @@ func memoryGroup(r *run) error {
 			ours func(string) error
 			peer func(cache) func(string) error
 		}{
-			{"Get", get, func(c cache) func(string) error {
-				return func(key string) error {
-					if v, ok := c.get(key); !ok || len(v) != len(value) {
-						return fmt.Errorf("no %q", key)
-					}
-					return nil
-				}
-			}},
+			{"Get", get, func(c cache) func(string) error { return c.read }},
 			{"Put with TTL", put, func(c cache) func(string) error {
 				return func(key string) error { c.put(key, value); return nil }
 			}},

@@ -285,6 +285,70 @@ func throughputGroup(r *run) error {
 			r.put(row)
 		}
 	}
+	return r.headers(p)
+}
+
+// headers measures what headers cost a read: for each header that the server
+// adds to an answer it copies those that are there.
+func (r *run) headers(p plan) error {
+	s, nc, err := r.openStore("state-headers")
+	if err != nil {
+		return err
+	}
+	for range 2 { // the second Put says when the key was created, too
+		if err := s.Put("key", value, kvTTL); err != nil {
+			return err
+		}
+	}
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return err
+	}
+	stream, err := js.Stream(ctx, "KV_state-headers")
+	if err != nil {
+		return err
+	}
+	written, err := stream.GetLastMsgForSubject(ctx, "$KV.state-headers.key")
+	if err != nil {
+		return err
+	}
+	ours := nats.Header{
+		"Nats-TTL": written.Header["Nats-TTL"], "Nats-Expected-Last-Subject-Sequence": {"0"}, "State": written.Header["State"],
+	}
+	three := nats.Header{
+		"Nats-TTL": ours["Nats-TTL"], "Nats-Expected-Last-Subject-Sequence": {"0"},
+		"State-Op": {nats.NewInbox()[7:29]}, "State-Created": {"1764100000123456789"}, "State-TTL": {"3600000000000"},
+	}
+	var sides []side
+	for _, written := range []struct {
+		name    string
+		headers nats.Header
+	}{{"one header of ours", ours}, {"three, as it was", three}, {"no header at all", nil}} {
+		bucket := fmt.Sprintf("headers-%d", len(written.headers))
+		kv, _, err := r.openKV(bucket, kvTTL)
+		if err != nil {
+			return err
+		}
+		for i := range clients {
+			msg := &nats.Msg{Subject: fmt.Sprintf("$KV.%s.client-%d", bucket, i), Header: written.headers, Data: value}
+			if _, err := js.PublishMsg(ctx, msg); err != nil {
+				return err
+			}
+		}
+		sides = append(sides, together(written.name, func(client int) error {
+			_, err := kv.Get(ctx, fmt.Sprintf("client-%d", client))
+			return err
+		}))
+	}
+	samples, err := measure(p, sides...)
+	if err != nil {
+		return err
+	}
+	for i, theirs := range sides[1:] {
+		row := compare("64 goroutines: nats.go KV Get of a value", sides[0].name, theirs.name, throughput(samples[0]), throughput(samples[i+1]))
+		row.unit, row.atLeast = "op/s", true
+		r.put(row)
+	}
 	return nil
 }
 

@@ -8,7 +8,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-const openingText = "The time until Watch has returned, beside 50,000 keys that exist."
+const openingText = "The time until Watch or Follow has returned, beside 50,000 keys that exist; for WatchAll, until it has delivered them."
 
 // openingGroup compares the time that it takes to open a watch.
 func openingGroup(r *run) error {
@@ -21,7 +21,7 @@ func openingGroup(r *run) error {
 		for range n {
 			watching, end := context.WithCancel(ctx)
 			start := time.Now()
-			events, err := watchUntil(watching, m.ours, "*")
+			events, err := m.ours.WithContext(watching).Watch("*")
 			sum += time.Since(start)
 			end()
 			if err != nil {
@@ -49,16 +49,27 @@ func openingGroup(r *run) error {
 		}}
 	}
 	const peer = kvGo + " Watch, UpdatesOnly"
-	return r.add("Watch beside 50,000 keys", r.few(25, 1), []float64{5, 5},
+	err = r.add("Watch beside 50,000 keys", r.few(25, 1), []float64{5, 5},
 		ours, theirs(peer+onOurs, m.same), theirs(peer, m.theirs))
-}
-
-// watchUntil opens a watch that ends with ctx.
-func watchUntil(ctx context.Context, s *state.NATSStore, pattern string) (<-chan *state.KeyValue, error) {
-	if bound, ok := any(s).(state.Store); ok {
-		return bound.WithContext(ctx).Watch(pattern)
+	if err != nil {
+		return err
 	}
-	return any(s).(interface {
-		WatchContext(ctx context.Context, pattern string) (<-chan *state.KeyValue, error)
-	}).WatchContext(ctx, pattern)
+	follow := side{us, func(n int) (sum time.Duration, err error) {
+		for range n {
+			following, end := context.WithCancel(ctx)
+			start := time.Now()
+			current, changes, err := state.Follow(following, m.ours, "*")
+			sum += time.Since(start)
+			end()
+			if err := enough(len(current), manyKeys, err); err != nil {
+				return 0, err
+			}
+			for range changes {
+			}
+		}
+		return sum, nil
+	}}
+	return r.add("Follow of 50,000 keys", r.few(25, 1), []float64{1.2, 1.2}, follow,
+		timed(kvGo+" WatchAll"+onOurs, func() error { return watchAll(m.same, manyKeys) }),
+		timed(kvGo+" WatchAll", func() error { return watchAll(m.theirs, manyKeys) }))
 }

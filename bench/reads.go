@@ -1,15 +1,18 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"example.com/state"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-const readsText = "Many keys at once, out of a bucket of 50,000. *on our bucket*: nats.go reads the bucket that we have written, with its headers."
+const readsText = "Many keys at once, out of a bucket of 50,000. *on our bucket*: nats.go reads the bucket that we have written, with its headers. " +
+	"*Cache*: 1,000 keys, kept up to date from a bucket; *copying* means that the others copy what they return, too, as Cache does."
 
 const manyKeys = 50_000
 
@@ -56,19 +59,71 @@ func readsGroup(r *run) error {
 	if err != nil {
 		return err
 	}
-	if s, ok := any(m.ours).(state.Store); ok {
-		err = r.add("Entries, all of 50,000", r.few(25, 1), []float64{1.2, 1.2},
-			timed(us, func() error {
-				found, err := s.Entries("*")
-				return enough(len(found), manyKeys, err)
-			}),
-			timed(kvGo+" WatchAll"+onOurs, func() error { return watchAll(m.same, manyKeys) }),
-			timed(kvGo+" WatchAll", func() error { return watchAll(m.theirs, manyKeys) }))
-		if err != nil {
+	err = r.add("Entries, all of 50,000", r.few(25, 1), []float64{1.2, 1.2},
+		timed(us, func() error {
+			found, err := m.ours.Entries("*")
+			return enough(len(found), manyKeys, err)
+		}),
+		timed(kvGo+" WatchAll"+onOurs, func() error { return watchAll(m.same, manyKeys) }),
+		timed(kvGo+" WatchAll", func() error { return watchAll(m.theirs, manyKeys) }))
+	if err != nil {
+		return err
+	}
+	return r.cacheReads()
+}
+
+// cacheReads compares the reads of a Cache with those of what has no store
+// behind it.
+func (r *run) cacheReads() error {
+	s, _, err := r.openStore("state-cached")
+	if err != nil {
+		return err
+	}
+	peers := append(r.caches()[:1], syncMap())
+	next := among(1000)
+	for range 1000 {
+		key := next()
+		if err := s.Put(key, value, kvTTL); err != nil {
+			return err
+		}
+		for _, c := range peers {
+			c.put(key, bytes.Clone(value))
+		}
+	}
+	c, err := state.NewCache(ctx, s, "*")
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	for _, how := range []struct {
+		name string
+		make func(string, func(string) error) side
+	}{{"alone", local}, {"parallel", parallel}} {
+		sides := []side{how.make("Cache", func(key string) error { _, err := c.Get(key); return err })}
+		for _, c := range peers {
+			sides = append(sides, how.make(c.name, c.read), how.make(c.name+", copying", c.copying().read))
+		}
+		if err := r.add("Cache.Get, "+how.name, r.plan(1.5), nil, sides...); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// syncMap returns a sync.Map as a cache.
+func syncMap() cache {
+	var m sync.Map
+	return cache{
+		"sync.Map, no TTL", false,
+		func(key string) ([]byte, bool) {
+			v, ok := m.Load(key)
+			if !ok {
+				return nil, false
+			}
+			return v.([]byte), true
+		},
+		func(key string, v []byte) { m.Store(key, v) },
+	}
 }
 
 // enough returns an error unless an operation found what it should.

@@ -180,10 +180,8 @@ func passLater(to, from net.Conn, delay time.Duration) {
 			if err != nil {
 				continue
 			}
-			// A sleep in the kernel, which is more precise than time.Sleep.
 			if wait := time.Until(c.due); wait > 0 {
-				left := syscall.NsecToTimespec(int64(wait))
-				_ = syscall.Nanosleep(&left, nil)
+				sleepBriefly(wait)
 			}
 			if _, err = to.Write(c.data); err != nil {
 				_ = from.Close()
