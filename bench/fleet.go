@@ -235,6 +235,7 @@ type agent struct {
 
 	beating  sync.Mutex // held during a heartbeat
 	lastBeat time.Time  // guarded by beating; when the last acknowledged one was sent
+	lapses   int        // guarded by beating; how often one was acknowledged too late
 
 	mu       sync.Mutex // guards what follows
 	watching bool       // follows the others
@@ -309,11 +310,14 @@ func (a *agent) beat() error {
 		return nil
 	}
 	sent := time.Now()
-	err := a.client.beat(agentKey(a.id))
-	if err == nil {
-		a.lastBeat = sent
+	if err := a.client.beat(agentKey(a.id)); err != nil {
+		return err
 	}
-	return err
+	if !a.lastBeat.IsZero() && time.Since(a.lastBeat) > heartbeatTTL {
+		a.lapses++
+	}
+	a.lastBeat = sent
+	return nil
 }
 
 // keepBeating sends a heartbeat a second. Not all agents do so at the same time.
@@ -337,12 +341,10 @@ func (a *agent) keepBeating() {
 	}
 }
 
-// watch has the agent know who is alive.
-func (a *agent) watch() error {
-	a.mu.Lock()
-	a.watching = true
-	a.mu.Unlock()
-	return a.persist(func() error {
+// watch has the agent know who is alive. One that cannot is reported, and goes
+// on without.
+func (a *agent) watch() {
+	err := a.persist(func() error {
 		return a.client.followAgents(a.ctx, func(key string) {
 			seen := sighting{key, time.Now()}
 			a.mu.Lock()
@@ -350,6 +352,13 @@ func (a *agent) watch() error {
 			a.dead[key] = seen
 		})
 	})
+	if err != nil {
+		a.failed(err)
+		return
+	}
+	a.mu.Lock()
+	a.watching = true
+	a.mu.Unlock()
 }
 
 // kill lets the agent die, between two heartbeats. It returns when the last one
@@ -450,7 +459,8 @@ func (f *Fleet) Watch(ids []int, _ *struct{}) error {
 	return each(ids, func(id int) error {
 		for _, a := range f.alive() {
 			if a.id == id {
-				return a.watch()
+				a.watch()
+				return nil
 			}
 		}
 		return fmt.Errorf("no agent %d", id)
@@ -468,6 +478,7 @@ type FleetUsage struct {
 	Usage
 	In, Out uint64 // messages
 	Deaths  int    // that were reported to agents
+	Lapses  int    // how often a heartbeat was acknowledged later than the TTL after the last one
 	Errors  int
 	Error   string // the last one
 }
@@ -482,6 +493,9 @@ func (f *Fleet) Usage(memoryToo bool, answer *FleetUsage) error {
 		a.mu.Lock()
 		answer.Deaths += len(a.dead)
 		a.mu.Unlock()
+		a.beating.Lock()
+		answer.Lapses += a.lapses
+		a.beating.Unlock()
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()

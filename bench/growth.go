@@ -215,14 +215,14 @@ func drain(events <-chan *state.KeyValue) {
 	}
 }
 
-// natsWatchGrowth stops earlier: each watch is a consumer on the server.
+// natsWatchGrowth stops earlier: each event is delivered to all watches.
 func natsWatchGrowth(r *run, _ []int) error {
 	sizes := []int{1, 10, 100, 1000}
 	if r.quick {
 		sizes = sizes[:3]
 	}
 	t := table{
-		"NATSStore, by the number of watches (each is a consumer on the server, so that it ends at 1,000)",
+		"NATSStore, by the number of watches of one pattern, which share a consumer on the server",
 		[]string{"watches", "Watch", "Put, none matches", "Put to the last of all events", "memory a watch, client", "and server"}, nil,
 	}
 	for _, n := range sizes {

@@ -52,7 +52,7 @@ func main() {
 		write   = flag.Bool("write", false, "write the tables and the plot into the repository")
 		dir     = flag.String("dir", "..", "the root of the repository, for -write")
 		only    = flag.String("only", "", "run only the groups that match this regular expression")
-		svg     = flag.String("plot", "", "write the plot of the agents' cost to this file, an SVG")
+		svg     = flag.String("plot", "", "write the plot of the agents' cost to this file, .svg or .png")
 		profile = flag.String("cpuprofile", "", "write a CPU profile of this process, the client's side, to a file")
 
 		serverProfile = flag.String("serverprofile", "", "write CPU profiles of the nats-servers to this file, the second to this name with .2, ...")

@@ -1,16 +1,22 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"image/color"
+	"math"
 	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
 	"time"
 
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/plotter"
 	"gonum.org/v1/plot/vg"
 	"gonum.org/v1/plot/vg/draw"
-	"gonum.org/v1/plot/vg/vgsvg"
+	_ "gonum.org/v1/plot/vg/vgimg" // for PNG
+	_ "gonum.org/v1/plot/vg/vgsvg"
 )
 
 // A series is a line of a plot.
@@ -21,7 +27,7 @@ type series struct {
 	dashed bool
 }
 
-// plot draws what an agent costs by the number of agents, as an SVG.
+// plot draws what an agent costs by the number of agents, as an SVG or PNG.
 func (r *run) plot(path string) error {
 	if len(r.points) == 0 {
 		return errors.New("the group agents was not measured, so there is nothing to draw")
@@ -51,29 +57,31 @@ func (r *run) plot(path string) error {
 	cpuAlone, theirCPUAlone := ms(serverCPUAlone)
 	all, theirAll := messages(sent, received)
 	allAlone, theirAllAlone := messages(sentAlone, receivedAlone)
-	left, err := r.costPlot("Server CPU per agent, ms a second", lines(cpu, theirCPU, cpuAlone, theirCPUAlone))
+	plot.DefaultFont.Variant = "Sans"
+	left, err := r.costPlot("Server CPU per agent, ms per second", lines(cpu, theirCPU, cpuAlone, theirCPUAlone))
 	if err != nil {
 		return err
 	}
-	right, err := r.costPlot("Messages per agent and second", lines(all, theirAll, allAlone, theirAllAlone))
+	right, err := r.costPlot("Messages per agent and second, in and out", lines(all, theirAll, allAlone, theirAllAlone))
 	if err != nil {
 		return err
 	}
-	canvas := vgsvg.New(22*vg.Centimeter, 9*vg.Centimeter)
+	canvas, err := draw.NewFormattedCanvas(24*vg.Centimeter, 10*vg.Centimeter, strings.TrimPrefix(filepath.Ext(path), "."))
+	if err != nil {
+		return err
+	}
 	plots := [][]*plot.Plot{{left, right}}
 	tiles := draw.Tiles{Rows: 1, Cols: 2, PadX: 8 * vg.Millimeter, PadTop: 2 * vg.Millimeter, PadBottom: 2 * vg.Millimeter, PadLeft: 2 * vg.Millimeter, PadRight: 4 * vg.Millimeter}
 	for i, c := range plot.Align(plots, tiles, draw.New(canvas))[0] {
 		plots[0][i].Draw(c)
 	}
-	f, err := os.Create(path)
-	if err != nil {
+	var image bytes.Buffer
+	if _, err := canvas.WriteTo(&image); err != nil {
 		return err
 	}
-	if _, err := canvas.WriteTo(f); err != nil {
-		_ = f.Close()
-		return err
-	}
-	return f.Close()
+	// A reader who does not have the font should get a similar one.
+	data := bytes.ReplaceAll(image.Bytes(), []byte("font-family:Liberation Sans;"), []byte("font-family:Liberation Sans,Arial,sans-serif;"))
+	return os.WriteFile(path, data, 0o644)
 }
 
 // costPlot makes a plot with logarithmic axes. Solid lines include the watches
@@ -82,6 +90,7 @@ func (r *run) costPlot(title string, lines []series) (*plot.Plot, error) {
 	p := plot.New()
 	p.BackgroundColor = color.White // it is read on dark pages, too
 	p.Title.Text = title
+	p.Title.Padding = vg.Points(6)
 	p.X.Label.Text = "agents"
 	p.X.Scale, p.Y.Scale = plot.LogScale{}, plot.LogScale{}
 	var ticks plot.ConstantTicks
@@ -89,7 +98,7 @@ func (r *run) costPlot(title string, lines []series) (*plot.Plot, error) {
 		ticks = append(ticks, plot.Tick{Value: float64(point.agents), Label: count(point.agents)})
 	}
 	p.X.Tick.Marker = ticks
-	p.Y.Tick.Marker = plot.LogTicks{Prec: -1}
+	p.Y.Tick.Marker = plot.TickerFunc(logTicks)
 	p.Add(plotter.NewGrid())
 	for _, s := range lines {
 		var xys plotter.XYs
@@ -117,5 +126,19 @@ func (r *run) costPlot(title string, lines []series) (*plot.Plot, error) {
 		p.Legend.Add(s.name, line, points)
 	}
 	p.Legend.Top, p.Legend.Left = true, true
+	p.Y.Min /= 1.3
+	p.Y.Max *= math.Pow(p.Y.Max/p.Y.Min, 0.45) // room for the legend
 	return p, nil
+}
+
+// logTicks labels 1, 2, 5, 10, 20, ...
+func logTicks(low, high float64) (ticks []plot.Tick) {
+	for decade := math.Pow(10, math.Floor(math.Log10(low))); decade <= high; decade *= 10 {
+		for _, digit := range []float64{1, 2, 5} {
+			if x := digit * decade; x >= low && x <= high {
+				ticks = append(ticks, plot.Tick{Value: x, Label: strconv.FormatFloat(x, 'f', -1, 64)})
+			}
+		}
+	}
+	return ticks
 }
