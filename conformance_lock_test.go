@@ -14,11 +14,11 @@ import (
 )
 
 var lockCases = []conformanceCase{
-	{"lock", "Lock does not wait: ErrLockHeld if someone holds it", func(t *testing.T, dial func() StateStore) {
+	{"lock", "Lock does not wait: ErrLockHeld if someone holds it", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		l := mustLock(t, a, "l", time.Minute)
 		assert.Equal(t, "l", l.Key())
-		for _, s := range []StateStore{a, b} {
+		for _, s := range []Store{a, b} {
 			other, err := s.Lock("l", time.Minute)
 			refuses(t, ErrLockHeld, err)
 			assert.Nil(t, other)
@@ -30,7 +30,7 @@ var lockCases = []conformanceCase{
 		refuses(t, ErrLockHeld, err)
 		require.NoError(t, l.Unlock())
 	}},
-	{"unlock-twice", "Unlock returns ErrLockNotHeld when there is nothing of this holder's to release", func(t *testing.T, dial func() StateStore) {
+	{"unlock-twice", "Unlock returns ErrLockNotHeld when there is nothing of this holder's to release", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		l := mustLock(t, a, "l", time.Minute)
 		require.NoError(t, l.Unlock())
@@ -42,7 +42,7 @@ var lockCases = []conformanceCase{
 		refuses(t, ErrLockHeld, err)
 		require.NoError(t, next.Unlock())
 	}},
-	{"lock-lapses", "a lease lapses when its TTL passes without a Refresh, and not before", func(t *testing.T, dial func() StateStore) {
+	{"lock-lapses", "a lease lapses when its TTL passes without a Refresh, and not before", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		const ttl = 300 * time.Millisecond
 		before := time.Now()
@@ -64,7 +64,7 @@ var lockCases = []conformanceCase{
 		require.NoError(t, next.Refresh())
 		require.NoError(t, next.Unlock())
 	}},
-	{"refresh-after-lapse", "Refresh returns ErrLockExpired once the lease has lapsed, whether or not someone else has taken it", func(t *testing.T, dial func() StateStore) {
+	{"refresh-after-lapse", "Refresh returns ErrLockExpired once the lease has lapsed, whether or not someone else has taken it", func(t *testing.T, dial func() Store) {
 		s := dial()
 		l := mustLock(t, s, "l", 50*time.Millisecond)
 		time.Sleep(60 * time.Millisecond)
@@ -73,7 +73,7 @@ var lockCases = []conformanceCase{
 		refuses(t, ErrLockNotHeld, l.Unlock())
 		require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
 	}},
-	{"refresh", "Refresh restarts the TTL", func(t *testing.T, dial func() StateStore) {
+	{"refresh", "Refresh restarts the TTL", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		l := mustLock(t, a, "l", 1500*time.Millisecond)
 		for range 6 {
@@ -85,7 +85,7 @@ var lockCases = []conformanceCase{
 		require.NoError(t, l.Unlock())
 		require.NoError(t, mustLock(t, b, "l", time.Minute).Unlock())
 	}},
-	{"locks-are-invisible", "a lock is never visible through Get, Keys or Watch", func(t *testing.T, dial func() StateStore) {
+	{"locks-are-invisible", "a lock is never visible through Get, Keys or Watch", func(t *testing.T, dial func() Store) {
 		s := dial()
 		events := mustWatch(t, s, "*")
 		require.NoError(t, s.Put("both", []byte("value"), 0))
@@ -107,13 +107,13 @@ var lockCases = []conformanceCase{
 		_, err = s.Lock("l", time.Minute)
 		refuses(t, ErrLockHeld, err, "Delete does not release it")
 		assert.Equal(t, before, mustGet(t, s, "both"))
-		tellsNext(t, s, events, "end")
+		deliversNext(t, s, events, "end")
 	}},
-	{"fencing", "the token is strictly greater for each next holder", func(t *testing.T, dial func() StateStore) {
+	{"fencing", "the token is strictly greater for each next holder", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		var last uint64
 		for i := range 12 {
-			l := mustLock(t, []StateStore{a, b}[i%2], "l", 30*time.Millisecond).(Fenced)
+			l := mustLock(t, []Store{a, b}[i%2], "l", 30*time.Millisecond).(Fenced)
 			require.Greater(t, l.Token(), last)
 			last = l.Token()
 			switch i % 3 {
@@ -131,7 +131,7 @@ var lockCases = []conformanceCase{
 			}
 		}
 	}},
-	{"mutual-exclusion", "at most one holder at a time, under contention and crashes", func(t *testing.T, dial func() StateStore) {
+	{"mutual-exclusion", "at most one holder at a time, under contention and crashes", func(t *testing.T, dial func() Store) {
 		const clients, each = 8, 15
 		const ttl = 2 * time.Second
 		var seen witness
@@ -162,7 +162,7 @@ var lockCases = []conformanceCase{
 		assert.Zero(t, seen.violations)
 		assert.Equal(t, clients*each, seen.cycles)
 	}},
-	{"refresh-races-unlock", "Refresh racing Unlock never resurrects a lock", func(t *testing.T, dial func() StateStore) {
+	{"refresh-races-unlock", "Refresh racing Unlock never resurrects a lock", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		for range 30 {
 			l := mustLock(t, a, "l", time.Minute)
@@ -192,18 +192,17 @@ var lockCases = []conformanceCase{
 }
 
 var updateCases = []conformanceCase{
-	{"update", "Update writes only if the key's revision is still the given one", func(t *testing.T, dial func() StateStore) {
+	{"update", "Update writes only if the key's revision is still the given one", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
-		ua, ub := a.(Updater), b.(Updater)
-		first, err := ua.Update("k", []byte("1"), 0, 0)
+		first, err := a.Update("k", []byte("1"), 0, 0)
 		require.NoError(t, err)
 		kv := mustGet(t, b, "k")
 		assert.Equal(t, first, kv.Revision)
-		second, err := ub.Update("k", []byte("2"), 0, first)
+		second, err := b.Update("k", []byte("2"), 0, first)
 		require.NoError(t, err)
 		assert.Greater(t, second, first)
 		for _, revision := range []uint64{0, 1 << 40, first} {
-			_, err = ua.Update("k", []byte("x"), 0, revision)
+			_, err = a.Update("k", []byte("x"), 0, revision)
 			refuses(t, ErrConflict, err, revision)
 		}
 		now := mustGet(t, a, "k")
@@ -211,49 +210,48 @@ var updateCases = []conformanceCase{
 		assert.Equal(t, second, now.Revision)
 		assert.True(t, now.Created.Equal(kv.Created))
 		// The writer of the last revision is refused a stale one, too.
-		_, err = ub.Update("k", []byte("x"), 0, first)
+		_, err = b.Update("k", []byte("x"), 0, first)
 		refuses(t, ErrConflict, err)
-		_, err = ub.Update("k", []byte("3"), 0, second)
+		_, err = b.Update("k", []byte("3"), 0, second)
 		require.NoError(t, err)
 	}},
-	{"update-of-the-gone", "an expired or deleted key does not exist", func(t *testing.T, dial func() StateStore) {
+	{"update-of-the-gone", "an expired or deleted key does not exist", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
-		ua, ub := a.(Updater), b.(Updater)
-		_, err := ua.Update("k", nil, 0, 7)
+		_, err := a.Update("k", nil, 0, 7)
 		refuses(t, ErrConflict, err)
-		first, err := ua.Update("k", []byte("1"), 0, 0)
+		first, err := a.Update("k", []byte("1"), 0, 0)
 		require.NoError(t, err)
 		require.NoError(t, b.Delete("k"))
-		_, err = ua.Update("k", []byte("x"), 0, first)
+		_, err = a.Update("k", []byte("x"), 0, first)
 		refuses(t, ErrConflict, err)
-		second, err := ua.Update("k", []byte("2"), 60*time.Millisecond, 0)
+		second, err := a.Update("k", []byte("2"), 60*time.Millisecond, 0)
 		require.NoError(t, err)
 		assert.Greater(t, second, first+1)
-		for _, s := range []StateStore{a, b} { // each may see it a round trip late
+		for _, s := range []Store{a, b} { // each may see it a round trip late
 			eventually(t, func() bool { _, err := s.Get("k"); return err != nil }, "expiry")
 		}
-		_, err = ua.Update("k", []byte("x"), 0, second)
+		_, err = a.Update("k", []byte("x"), 0, second)
 		refuses(t, ErrConflict, err, "by who wrote it")
-		_, err = ub.Update("k", []byte("x"), 0, second)
+		_, err = b.Update("k", []byte("x"), 0, second)
 		refuses(t, ErrConflict, err, "by who did not")
-		third, err := ub.Update("k", []byte("3"), 0, 0)
+		third, err := b.Update("k", []byte("3"), 0, 0)
 		require.NoError(t, err)
 		assert.Greater(t, third, second)
 	}},
-	{"update-ttl", "Update sets the TTL", func(t *testing.T, dial func() StateStore) {
+	{"update-ttl", "Update sets the TTL", func(t *testing.T, dial func() Store) {
 		s := dial()
 		events := mustWatch(t, s, "k")
-		first, err := s.(Updater).Update("k", []byte("1"), time.Hour, 0)
+		first, err := s.Update("k", []byte("1"), time.Hour, 0)
 		require.NoError(t, err)
 		assert.Equal(t, first, receive(t, events).Revision)
-		second, err := s.(Updater).Update("k", []byte("2"), 50*time.Millisecond, first)
+		second, err := s.Update("k", []byte("2"), 50*time.Millisecond, first)
 		require.NoError(t, err)
 		assert.Equal(t, second, receive(t, events).Revision)
 		expiry := receive(t, events)
 		assert.Equal(t, "delete k", brief(expiry))
 		assert.Equal(t, second, expiry.Revision)
 	}},
-	{"update-counts", "no acknowledged Update is lost, and only one of several wins", func(t *testing.T, dial func() StateStore) {
+	{"update-counts", "no acknowledged Update is lost, and only one of several wins", func(t *testing.T, dial func() Store) {
 		const clients, each = 4, 15
 		var wg sync.WaitGroup
 		for range clients {
@@ -269,7 +267,7 @@ var updateCases = []conformanceCase{
 						} else {
 							refuses(t, ErrNotFound, err)
 						}
-						_, err := s.(Updater).Update("counter", fmt.Append(nil, n+1), 0, revision)
+						_, err := s.Update("counter", fmt.Append(nil, n+1), 0, revision)
 						if err != nil {
 							refuses(t, ErrConflict, err)
 						}
@@ -284,7 +282,7 @@ var updateCases = []conformanceCase{
 }
 
 var withLockCases = []conformanceCase{
-	{"with-lock", "WithLock runs fn while it holds the lock and unlocks it after", func(t *testing.T, dial func() StateStore) {
+	{"with-lock", "WithLock runs fn while it holds the lock and unlocks it after", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		ran := false
 		err := WithLock(context.Background(), a, "l", 1500*time.Millisecond, func(ctx context.Context, token uint64) error {
@@ -300,7 +298,7 @@ var withLockCases = []conformanceCase{
 		assert.True(t, ran)
 		require.NoError(t, mustLock(t, b, "l", time.Minute).Unlock())
 	}},
-	{"with-lock-errors", "the error tells apart: not acquired in time, fn's own error, lost on the way", func(t *testing.T, dial func() StateStore) {
+	{"with-lock-errors", "the error tells apart: not acquired in time, fn's own error, lost on the way", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		l := mustLock(t, a, "l", time.Minute)
 		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
@@ -317,14 +315,14 @@ var withLockCases = []conformanceCase{
 		refuses(t, own, err)
 		require.NoError(t, mustLock(t, a, "l", time.Minute).Unlock())
 	}},
-	{"with-lock-panics", "WithLock unlocks when fn panics", func(t *testing.T, dial func() StateStore) {
+	{"with-lock-panics", "WithLock unlocks when fn panics", func(t *testing.T, dial func() Store) {
 		s := dial()
 		assert.PanicsWithValue(t, "oops", func() {
 			_ = WithLock(context.Background(), s, "l", time.Minute, func(context.Context, uint64) error { panic("oops") })
 		})
 		require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
 	}},
-	{"with-lock-waits", "WithLock waits for the lock, one at a time, with growing tokens", func(t *testing.T, dial func() StateStore) {
+	{"with-lock-waits", "WithLock waits for the lock, one at a time, with growing tokens", func(t *testing.T, dial func() Store) {
 		var inside, violations atomic.Int32
 		var last uint64
 		var wg sync.WaitGroup
@@ -347,7 +345,7 @@ var withLockCases = []conformanceCase{
 		wg.Wait()
 		assert.Zero(t, violations.Load())
 	}},
-	{"with-lock-takes-over", "a dead holder blocks nobody for longer than its lease", func(t *testing.T, dial func() StateStore) {
+	{"with-lock-takes-over", "a dead holder blocks nobody for longer than its lease", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		before := time.Now()
 		mustLock(t, a, "l", 300*time.Millisecond)
@@ -356,7 +354,7 @@ var withLockCases = []conformanceCase{
 			return nil
 		}))
 	}},
-	{"with-lock-cancel", "fn's context ends with its parent", func(t *testing.T, dial func() StateStore) {
+	{"with-lock-cancel", "fn's context ends with its parent", func(t *testing.T, dial func() Store) {
 		s := dial()
 		ctx, cancel := context.WithCancel(context.Background())
 		err := WithLock(ctx, s, "l", time.Minute, func(ctx context.Context, _ uint64) error {
@@ -367,7 +365,7 @@ var withLockCases = []conformanceCase{
 		refuses(t, context.Canceled, err)
 		require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
 	}},
-	{"with-lock-lost", "fn's context is cancelled the timestamp the lease can no longer be counted on", func(t *testing.T, dial func() StateStore) {
+	{"with-lock-lost", "fn's context ends when the lease can no longer be counted on", func(t *testing.T, dial func() Store) {
 		s := dial()
 		before := time.Now()
 		err := WithLock(context.Background(), refreshless{s}, "l", 200*time.Millisecond, func(ctx context.Context, _ uint64) error {
@@ -391,11 +389,72 @@ var withLockCases = []conformanceCase{
 		})
 		refuses(t, ErrLockExpired, err)
 	}},
-	{"paused-holder", "a paused holder is fenced off by the resource that the lock protects", func(t *testing.T, dial func() StateStore) {
+	{"with-lock-outages", "WithLock waits through outages, and for as long as ctx allows", func(t *testing.T, dial func() Store) {
+		s := dial()
+		ran := 0
+		run := func(context.Context, uint64) error { ran++; return nil }
+		m := failing(s, "lock", errOutage, errDoubt, errOutage, ErrLockHeld, errOutage)
+		require.NoError(t, WithLock(context.Background(), m, "l", time.Minute, run))
+		assert.Equal(t, 1, ran)
+		ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+		defer cancel()
+		err := WithLock(ctx, meddler{Store: s, fail: func(string, string) error { return errOutage }}, "l", time.Minute, run)
+		assert.ErrorIs(t, err, context.DeadlineExceeded)
+		assert.ErrorIs(t, err, errOutage)
+		assert.Equal(t, 1, ran)
+	}},
+	{"with-lock-late", "a lease that lapsed before fn was called is no loss: WithLock takes the lock again", func(t *testing.T, dial func() Store) {
+		s := dial()
+		const ttl = 500 * time.Millisecond
+		for _, late := range []time.Duration{ttl / 2, ttl + 20*time.Millisecond} {
+			first, ran := true, 0
+			m := meddler{Store: s, granted: func(l Lock) Lock {
+				if first { // it is handed over late
+					time.Sleep(late)
+				}
+				first = false
+				return l
+			}}
+			require.NoError(t, WithLock(context.Background(), m, "l", ttl, func(ctx context.Context, _ uint64) error {
+				ran++
+				info, err := s.LockHolder("l")
+				require.NoError(t, err)
+				assert.GreaterOrEqual(t, time.Until(info.Expires), ttl/2)
+				time.Sleep(ttl / 4)
+				return ctx.Err()
+			}), late)
+			assert.Equal(t, 1, ran)
+		}
+	}},
+	{"with-lock-always-late", "if ten leases in a row lapse before fn can be called, WithLock returns ErrLockExpired", func(t *testing.T, dial func() Store) {
+		granted := 0
+		m := meddler{Store: dial(), granted: func(l Lock) Lock {
+			granted++
+			time.Sleep(25 * time.Millisecond)
+			return l
+		}}
+		refuses(t, ErrLockExpired, WithLock(context.Background(), m, "l", 20*time.Millisecond, func(context.Context, uint64) error {
+			t.Error("called")
+			return nil
+		}))
+		assert.Equal(t, 10, granted)
+	}},
+	{"with-lock-nested", "an inner lock is not lost because the outer one is", func(t *testing.T, dial func() Store) {
+		s := dial()
+		refuses(t, ErrLockExpired, WithLock(context.Background(), refreshless{s}, "outer", 300*time.Millisecond, func(ctx context.Context, _ uint64) error {
+			require.NoError(t, WithLock(ctx, s, "inner", time.Minute, func(ctx context.Context, _ uint64) error {
+				<-ctx.Done()
+				refuses(t, ErrLockExpired, context.Cause(ctx))
+				return nil
+			}))
+			return nil
+		}))
+	}},
+	{"paused-holder", "a paused holder is fenced off by the resource that the lock protects", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		// The register is the resource: it takes a write only from a token that
 		// is not lower than the highest it has seen.
-		write := func(s StateStore, token uint64, what string) error {
+		write := func(s Store, token uint64, what string) error {
 			for {
 				var revision, highest uint64
 				if kv, err := s.GetKeyValue("register"); err == nil {
@@ -405,7 +464,7 @@ var withLockCases = []conformanceCase{
 				if token < highest {
 					return errors.New("stale token")
 				}
-				if _, err := s.(Updater).Update("register", fmt.Appendf(nil, "%d %s", token, what), 0, revision); err != ErrConflict { //nolint:errorlint // bare
+				if _, err := s.Update("register", fmt.Appendf(nil, "%d %s", token, what), 0, revision); err != ErrConflict { //nolint:errorlint // bare
 					return err
 				}
 			}
@@ -438,7 +497,7 @@ type unreachable struct{ Lock }
 func (unreachable) Refresh() error { return errors.New("no packet gets through") }
 
 var closeCases = []conformanceCase{
-	{"use-after-close", "after Close every method is ErrClosed", func(t *testing.T, dial func() StateStore) {
+	{"use-after-close", "after Close every method is ErrClosed", func(t *testing.T, dial func() Store) {
 		s := dial()
 		require.NoError(t, s.Put("k", nil, 0))
 		require.NoError(t, s.Close())
@@ -456,15 +515,20 @@ var closeCases = []conformanceCase{
 			refuses(t, ErrClosed, err, key)
 			_, err = s.Lock(key, time.Minute)
 			refuses(t, ErrClosed, err, key)
-			_, err = s.(Updater).Update(key, nil, 0, 0)
+			_, err = s.Update(key, nil, 0, 0)
 			refuses(t, ErrClosed, err, key)
-			_, err = s.(ContextWatcher).WatchContext(context.Background(), key)
+			refuses(t, ErrClosed, s.DeleteRevision(key, 1), key)
+			_, err = s.Entries(key)
+			refuses(t, ErrClosed, err, key)
+			_, err = s.LockHolder(key)
+			refuses(t, ErrClosed, err, key)
+			_, err = s.WithContext(context.Background()).Get(key)
 			refuses(t, ErrClosed, err, key)
 		}
 		refuses(t, ErrClosed, WithLock(context.Background(), s, "l", time.Minute, nil))
 		require.NoError(t, s.Close(), "idempotent")
 	}},
-	{"close-ends-watches", "Close ends watches, read or not, and returns when their goroutines are gone", func(t *testing.T, dial func() StateStore) {
+	{"close-ends-watches", "Close ends watches, read or not, and returns when their goroutines are gone", func(t *testing.T, dial func() Store) {
 		s := dial()
 		read, unread := mustWatch(t, s, "*"), mustWatch(t, s, "*")
 		for range 50 {
@@ -477,7 +541,7 @@ var closeCases = []conformanceCase{
 			}
 		}
 	}},
-	{"close-concurrently", "all methods are safe for concurrent use, Close too", func(t *testing.T, dial func() StateStore) {
+	{"close-concurrently", "all methods are safe for concurrent use, Close too", func(t *testing.T, dial func() Store) {
 		s := dial()
 		var wg sync.WaitGroup
 		bare := func(err error) {
@@ -517,7 +581,7 @@ var closeCases = []conformanceCase{
 		}
 		wg.Wait()
 	}},
-	{"unlock-after-close", "locks still held can still be unlocked, and are not refreshed", func(t *testing.T, dial func() StateStore) {
+	{"unlock-after-close", "locks still held can still be unlocked, and are not refreshed", func(t *testing.T, dial func() Store) {
 		s := dial()
 		l := mustLock(t, s, "l", time.Minute)
 		lapsed := mustLock(t, s, "lapsed", 20*time.Millisecond)

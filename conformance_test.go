@@ -2,7 +2,6 @@ package state
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"math"
 	"slices"
@@ -22,19 +21,19 @@ type backend struct {
 	run func(t *testing.T, f func(t *testing.T))
 	// open makes a fresh and empty name space. Each dial is one more client of
 	// it, on a connection of its own where there are connections.
-	open func(t *testing.T) (dial func() StateStore)
+	open func(t *testing.T) (dial func() Store)
 }
 
 // A conformanceCase is a sentence of the contract and what shows it.
 type conformanceCase struct {
 	name string
 	rule string
-	f    func(t *testing.T, dial func() StateStore)
+	f    func(t *testing.T, dial func() Store)
 }
 
 // testConformance holds a backend to the contract.
 func testConformance(t *testing.T, b backend) {
-	for _, c := range slices.Concat(keyCases, metadataCases, ttlCases, keysCases, watchCases, lockCases, updateCases, withLockCases, closeCases) {
+	for _, c := range slices.Concat(keyCases, metadataCases, ttlCases, keysCases, entriesCases, storeCases, watchCases, lockCases, updateCases, contextCases, functionCases, acquireCases, holdCases, withLockCases, closeCases) {
 		t.Run(c.name, func(t *testing.T) {
 			b.run(t, func(t *testing.T) {
 				t.Cleanup(func() {
@@ -88,9 +87,9 @@ func ended(t *testing.T, events <-chan *KeyValue) {
 	}
 }
 
-// tellsNext fails unless the watch's next event is a put of exactly key: so
+// deliversNext fails unless the watch's next event is a put of exactly key: so
 // nothing that was caused before it has been told.
-func tellsNext(t *testing.T, s StateStore, events <-chan *KeyValue, key string) {
+func deliversNext(t *testing.T, s StateStore, events <-chan *KeyValue, key string) {
 	t.Helper()
 	require.NoError(t, s.Put(key, []byte("barrier"), 0))
 	require.Equal(t, "put "+key, brief(receive(t, events)))
@@ -149,7 +148,7 @@ var badPatterns = []string{
 }
 
 var keyCases = []conformanceCase{
-	{"put-get", "Get returns what Put stored", func(t *testing.T, dial func() StateStore) {
+	{"put-get", "Get returns what Put stored", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		for i, key := range goodKeys {
 			value := fmt.Appendf(nil, "value %d", i)
@@ -165,7 +164,7 @@ var keyCases = []conformanceCase{
 			refuses(t, ErrNotFound, err, key)
 		}
 	}},
-	{"get-missing", "Get returns ErrNotFound if the key does not exist", func(t *testing.T, dial func() StateStore) {
+	{"get-missing", "Get returns ErrNotFound if the key does not exist", func(t *testing.T, dial func() Store) {
 		s := dial()
 		_, err := s.Get("missing")
 		refuses(t, ErrNotFound, err)
@@ -173,9 +172,8 @@ var keyCases = []conformanceCase{
 		refuses(t, ErrNotFound, err)
 		assert.Nil(t, kv)
 	}},
-	{"bad-keys", "anything else is ErrInvalidKey from every method", func(t *testing.T, dial func() StateStore) {
+	{"bad-keys", "anything else is ErrInvalidKey from every method", func(t *testing.T, dial func() Store) {
 		s := dial()
-		u := s.(Updater)
 		for _, key := range badKeys {
 			refuses(t, ErrInvalidKey, ValidateKey(key), key)
 			_, err := s.Get(key)
@@ -184,24 +182,27 @@ var keyCases = []conformanceCase{
 			refuses(t, ErrInvalidKey, err, key)
 			refuses(t, ErrInvalidKey, s.Put(key, nil, 0), key)
 			refuses(t, ErrInvalidKey, s.Delete(key), key)
-			_, err = u.Update(key, nil, 0, 0)
+			_, err = s.Update(key, nil, 0, 0)
 			refuses(t, ErrInvalidKey, err, key)
+			refuses(t, ErrInvalidKey, s.DeleteRevision(key, 1), key)
 			_, err = s.Lock(key, time.Minute)
+			refuses(t, ErrInvalidKey, err, key)
+			_, err = s.LockHolder(key)
 			refuses(t, ErrInvalidKey, err, key)
 		}
 	}},
-	{"bad-patterns", "Keys and Watch return ErrInvalidKey for anything that could match no key", func(t *testing.T, dial func() StateStore) {
+	{"bad-patterns", "Keys, Entries and Watch return ErrInvalidKey for anything that could match no key", func(t *testing.T, dial func() Store) {
 		s := dial()
 		for _, p := range badPatterns {
 			_, err := s.Keys(p)
 			refuses(t, ErrInvalidKey, err, p)
 			_, err = s.Watch(p)
 			refuses(t, ErrInvalidKey, err, p)
-			_, err = s.(ContextWatcher).WatchContext(context.Background(), p)
+			_, err = s.Entries(p)
 			refuses(t, ErrInvalidKey, err, p)
 		}
 	}},
-	{"values-are-copied", "bytes are copied in and copied out", func(t *testing.T, dial func() StateStore) {
+	{"values-are-copied", "bytes are copied in and copied out", func(t *testing.T, dial func() Store) {
 		s := dial()
 		events, others := mustWatch(t, s, "k"), mustWatch(t, s, "*")
 		in := []byte("hello")
@@ -222,7 +223,7 @@ var keyCases = []conformanceCase{
 		_ = append(out[:0:len(out)], "overwritten"...)
 		assert.Equal(t, "hello", string(mustGet(t, s, "k").Value))
 	}},
-	{"empty-values", "nil and empty are stored alike and read back as an empty, non-nil slice", func(t *testing.T, dial func() StateStore) {
+	{"empty-values", "nil and empty are stored alike and read back as an empty, non-nil slice", func(t *testing.T, dial func() Store) {
 		s := dial()
 		events := mustWatch(t, s, "*")
 		for i, value := range [][]byte{nil, {}} {
@@ -240,7 +241,7 @@ var keyCases = []conformanceCase{
 			assert.Empty(t, ev.Value)
 		}
 	}},
-	{"any-bytes", "a value is any bytes", func(t *testing.T, dial func() StateStore) {
+	{"any-bytes", "a value is any bytes", func(t *testing.T, dial func() Store) {
 		s := dial()
 		all := make([]byte, 256)
 		for i := range all {
@@ -251,7 +252,7 @@ var keyCases = []conformanceCase{
 		require.NoError(t, err)
 		assert.Equal(t, all, got)
 	}},
-	{"large-values", "a value larger than the store's limit is refused before anything is sent", func(t *testing.T, dial func() StateStore) {
+	{"large-values", "a value larger than the store's limit is refused before anything is sent", func(t *testing.T, dial func() Store) {
 		s := dial()
 		largest := bytes.Repeat([]byte("x"), 1<<20-1024)
 		require.NoError(t, s.Put("k", largest, time.Hour+time.Nanosecond))
@@ -261,12 +262,12 @@ var keyCases = []conformanceCase{
 		before := mustGet(t, s, "k").Revision
 		for _, more := range []int{1, 1024, 1025, 1 << 20, 16 << 20} {
 			refuses(t, ErrValueTooLarge, s.Put("k", make([]byte, len(largest)+more), 0), more)
-			_, err := s.(Updater).Update("k", make([]byte, len(largest)+more), 0, before)
+			_, err := s.Update("k", make([]byte, len(largest)+more), 0, before)
 			refuses(t, ErrValueTooLarge, err, more)
 		}
 		assert.Equal(t, before, mustGet(t, s, "k").Revision)
 	}},
-	{"delete", "Delete removes a key, and is silent on missing keys: no error, no event, nothing written", func(t *testing.T, dial func() StateStore) {
+	{"delete", "Delete removes a key, and is silent on missing keys: no error, no event, nothing written", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		events := mustWatch(t, b, "*")
 		require.NoError(t, a.Delete("never"))
@@ -279,7 +280,7 @@ var keyCases = []conformanceCase{
 		require.NoError(t, b.Delete("k"))
 		_, err := a.Get("k")
 		refuses(t, ErrNotFound, err)
-		tellsNext(t, a, events, "k")
+		deliversNext(t, a, events, "k")
 		// Had the deletes of nothing been written, they would have taken
 		// revisions.
 		assert.Equal(t, []uint64{1, 2}, []uint64{deleted.Revision - put.Revision, mustGet(t, b, "k").Revision - put.Revision})
@@ -287,7 +288,7 @@ var keyCases = []conformanceCase{
 }
 
 var metadataCases = []conformanceCase{
-	{"metadata", "Created is when the key came into being, Modified is when this revision was written", func(t *testing.T, dial func() StateStore) {
+	{"metadata", "Created is when the key came into being, Modified is when this revision was written", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		require.NoError(t, a.Put("k", []byte("1"), 0))
 		first := mustGet(t, b, "k")
@@ -308,7 +309,7 @@ var metadataCases = []conformanceCase{
 			assert.Greater(t, next.Revision, first.Revision)
 		}
 	}},
-	{"created-is-the-same-for-all", "Created stays, whoever wrote and whoever reads", func(t *testing.T, dial func() StateStore) {
+	{"created-is-the-same-for-all", "Created stays, whoever wrote and whoever reads", func(t *testing.T, dial func() Store) {
 		a, b, reader := dial(), dial(), dial()
 		events := mustWatch(t, reader, "k")
 		require.NoError(t, a.Put("k", []byte("1"), 0))
@@ -320,7 +321,7 @@ var metadataCases = []conformanceCase{
 		assert.True(t, first.Created.Equal(receive(t, events).Created))
 		assert.True(t, first.Created.Equal(mustGet(t, reader, "k").Created))
 	}},
-	{"recreate-after-delete", "Created is new after a delete, and the revision goes on", func(t *testing.T, dial func() StateStore) {
+	{"recreate-after-delete", "Created is new after a delete, and the revision goes on", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		require.NoError(t, a.Put("k", []byte("1"), 0))
 		first := mustGet(t, a, "k")
@@ -331,7 +332,7 @@ var metadataCases = []conformanceCase{
 		assert.True(t, second.Created.After(first.Created))
 		assert.Greater(t, second.Revision, first.Revision+1, "the deletion has a revision of its own")
 	}},
-	{"recreate-after-expiry", "an expired entry behaves exactly as a deleted one: a following Put starts a new key", func(t *testing.T, dial func() StateStore) {
+	{"recreate-after-expiry", "an expired entry behaves exactly as a deleted one: a following Put starts a new key", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		require.NoError(t, a.Put("k", []byte("1"), time.Second))
 		first := mustGet(t, a, "k")
@@ -343,8 +344,8 @@ var metadataCases = []conformanceCase{
 		assert.True(t, third.Created.After(first.Created))
 		assert.Greater(t, third.Revision, first.Revision)
 	}},
-	{"revisions-grow", "Revision grows with every change in the store and never repeats", func(t *testing.T, dial func() StateStore) {
-		clients := []StateStore{dial(), dial()}
+	{"revisions-grow", "Revision grows with every change in the store and never repeats", func(t *testing.T, dial func() Store) {
+		clients := []Store{dial(), dial()}
 		var last uint64
 		for i := range 40 {
 			s, key := clients[i%2], fmt.Sprintf("k.%d", i%3)
@@ -357,7 +358,7 @@ var metadataCases = []conformanceCase{
 			last = revision
 		}
 	}},
-	{"concurrent-writers", "every acknowledged Put is one revision, and Created stays exact", func(t *testing.T, dial func() StateStore) {
+	{"concurrent-writers", "every acknowledged Put is one revision, and Created stays exact", func(t *testing.T, dial func() Store) {
 		const writers, each = 4, 25
 		reader := dial()
 		require.NoError(t, reader.Put("k", nil, 0))
@@ -381,12 +382,12 @@ var metadataCases = []conformanceCase{
 }
 
 var ttlCases = []conformanceCase{
-	{"bad-ttls", "negative is ErrInvalidTTL; for Lock 0 is too", func(t *testing.T, dial func() StateStore) {
+	{"bad-ttls", "negative is ErrInvalidTTL; for Lock 0 is too", func(t *testing.T, dial func() Store) {
 		s := dial()
 		for _, ttl := range []time.Duration{-1, -time.Second, math.MinInt64} {
 			refuses(t, ErrInvalidTTL, ValidateTTL(ttl))
 			refuses(t, ErrInvalidTTL, s.Put("k", nil, ttl))
-			_, err := s.(Updater).Update("k", nil, ttl, 0)
+			_, err := s.Update("k", nil, ttl, 0)
 			refuses(t, ErrInvalidTTL, err)
 			_, err = s.Lock("k", ttl)
 			refuses(t, ErrInvalidTTL, err)
@@ -398,7 +399,7 @@ var ttlCases = []conformanceCase{
 		_, err = s.Get("k")
 		refuses(t, ErrNotFound, err)
 	}},
-	{"ttl-expires", "an entry is visible until its deadline and not after it", func(t *testing.T, dial func() StateStore) {
+	{"ttl-expires", "an entry is visible until its deadline and not after it", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		const ttl = 300 * time.Millisecond
 		before := time.Now()
@@ -420,7 +421,7 @@ var ttlCases = []conformanceCase{
 			return err == nil && len(keys) == 0
 		}, "expiry")
 	}},
-	{"ttl-replaced-and-cleared", "a Put replaces the TTL along with the value", func(t *testing.T, dial func() StateStore) {
+	{"ttl-replaced-and-cleared", "a Put replaces the TTL along with the value", func(t *testing.T, dial func() Store) {
 		s := dial()
 		events := mustWatch(t, s, "*")
 		put := func(key string, ttl time.Duration) {
@@ -438,7 +439,7 @@ var ttlCases = []conformanceCase{
 		require.NoError(t, err)
 		assert.Equal(t, []string{"cleared", "longer"}, keys)
 	}},
-	{"tiny-ttls", "any positive duration is honoured, from a nanosecond", func(t *testing.T, dial func() StateStore) {
+	{"tiny-ttls", "any positive duration is honoured, from a nanosecond", func(t *testing.T, dial func() Store) {
 		s := dial()
 		events := mustWatch(t, s, "*")
 		for _, ttl := range []time.Duration{1, time.Microsecond, time.Millisecond} {
@@ -449,7 +450,7 @@ var ttlCases = []conformanceCase{
 			refuses(t, ErrNotFound, err)
 		}
 	}},
-	{"huge-ttls", "any positive duration is honoured, to the largest time.Duration", func(t *testing.T, dial func() StateStore) {
+	{"huge-ttls", "any positive duration is honoured, to the largest time.Duration", func(t *testing.T, dial func() Store) {
 		s := dial()
 		for i, ttl := range []time.Duration{math.MaxInt64, math.MaxInt64 - 1, 290 * 365 * 24 * time.Hour, 101 * 365 * 24 * time.Hour, 99*365*24*time.Hour + 1} {
 			key := fmt.Sprintf("k.%d", i)
@@ -464,7 +465,7 @@ var ttlCases = []conformanceCase{
 			require.NoError(t, l.Unlock(), ttl)
 		}
 	}},
-	{"fractional-ttl", "a TTL is not cut to whole seconds", func(t *testing.T, dial func() StateStore) {
+	{"fractional-ttl", "a TTL is not cut to whole seconds", func(t *testing.T, dial func() Store) {
 		s := dial()
 		before := time.Now()
 		require.NoError(t, s.Put("k", nil, 1300*time.Millisecond))
@@ -475,7 +476,7 @@ var ttlCases = []conformanceCase{
 }
 
 var keysCases = []conformanceCase{
-	{"keys", "Keys returns all keys matching a pattern, once, sorted", func(t *testing.T, dial func() StateStore) {
+	{"keys", "Keys returns all keys matching a pattern, once, sorted", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		keys, err := a.Keys("*")
 		require.NoError(t, err)
@@ -510,7 +511,7 @@ var keysCases = []conformanceCase{
 			}
 		}
 	}},
-	{"keys-without-the-gone", "deleted and expired keys are not listed; those made again are", func(t *testing.T, dial func() StateStore) {
+	{"keys-without-the-gone", "deleted and expired keys are not listed; those made again are", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		for i := range 400 {
 			require.NoError(t, a.Put(fmt.Sprintf("k.%03d", i), nil, 0))
@@ -540,7 +541,7 @@ var keysCases = []conformanceCase{
 			assert.Equal(t, want, got)
 		}
 	}},
-	{"keys-under-writers", "every key that exists throughout the call is in the answer, once", func(t *testing.T, dial func() StateStore) {
+	{"keys-under-writers", "every key that exists throughout the call is in the answer, once", func(t *testing.T, dial func() Store) {
 		const n = 300
 		reader := dial()
 		for i := range n {

@@ -3,6 +3,7 @@ package state
 import (
 	"context"
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -12,7 +13,7 @@ import (
 )
 
 var watchCases = []conformanceCase{
-	{"watch", "from the timestamp that Watch returns every later Put, Delete and expiry of a matching key is told", func(t *testing.T, dial func() StateStore) {
+	{"watch", "every Put, Delete and expiry of a matching key made after Watch has returned is delivered", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		require.NoError(t, a.Put("k.before", []byte("x"), 0))
 		events := mustWatch(t, b, "k.*")
@@ -36,16 +37,16 @@ var watchCases = []conformanceCase{
 		assert.False(t, third.Modified.Before(second.Modified))
 		require.NoError(t, a.Delete("k.before"))
 		assert.Equal(t, "delete k.before", brief(receive(t, events)))
-		tellsNext(t, a, events, "k.end")
+		deliversNext(t, a, events, "k.end")
 	}},
-	{"watch-patterns", "the star matches any rest, dots included and the empty rest too", func(t *testing.T, dial func() StateStore) {
+	{"watch-patterns", "the star matches any rest, dots included and the empty rest too", func(t *testing.T, dial func() Store) {
 		s := dial()
 		keys := []string{"conf", "config", "config.a", "config.a.b", "config.ab", "other.config.a", "z"}
 		watches := map[string]<-chan *KeyValue{}
 		for _, p := range []string{"*", "conf*", "config", "config.*", "config.a*", "config.a.*", "nothing.*"} {
 			watches[p] = mustWatch(t, s, p)
 		}
-		told := func(what, key string) {
+		delivered := func(what, key string) {
 			for p, events := range watches {
 				if MatchPattern(p, key) {
 					assert.Equal(t, what+" "+key, brief(receive(t, events)), p)
@@ -54,31 +55,30 @@ var watchCases = []conformanceCase{
 		}
 		for _, key := range keys {
 			require.NoError(t, s.Put(key, nil, 0))
-			told("put", key)
+			delivered("put", key)
 			require.NoError(t, s.Delete(key))
-			told("delete", key)
+			delivered("delete", key)
 		}
 		for p, events := range watches {
 			if p == "*" {
-				tellsNext(t, s, events, "end")
+				deliversNext(t, s, events, "end")
 			}
 		}
 	}},
-	{"watch-nothing-before", "no event for what was acknowledged before", func(t *testing.T, dial func() StateStore) {
+	{"watch-nothing-before", "no event for what was acknowledged before", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		for i := range 30 {
 			key := fmt.Sprintf("k.%d", i%3)
 			require.NoError(t, a.Put(key, []byte("before"), 0))
 			ctx, cancel := context.WithCancel(context.Background())
-			events, err := b.(ContextWatcher).WatchContext(ctx, "k.*")
-			require.NoError(t, err)
+			events := mustWatch(t, b.WithContext(ctx), "k.*")
 			require.NoError(t, a.Put(key, []byte("after"), 0))
 			kv := receive(t, events)
 			require.Equal(t, "after", string(kv.Value))
 			cancel()
 		}
 	}},
-	{"watch-expiry", "an expiry is told at the deadline and has the revision of the value that expired", func(t *testing.T, dial func() StateStore) {
+	{"watch-expiry", "an expiry is delivered at the deadline and has the revision of the value that expired", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		events := mustWatch(t, b, "*")
 		require.NoError(t, a.Put("k", []byte("v"), 200*time.Millisecond))
@@ -91,9 +91,9 @@ var watchCases = []conformanceCase{
 		assert.True(t, expiry.Modified.Equal(put.Modified.Add(200*time.Millisecond)), "its time is the deadline")
 		eventually(t, func() bool { _, err := a.Get("k"); return err != nil }, "expiry") // maybe a round trip later
 		require.NoError(t, a.Delete("k"))                                                // silent: it is gone already
-		tellsNext(t, a, events, "k")
+		deliversNext(t, a, events, "k")
 	}},
-	{"watch-expiry-of-the-old", "expiries are told for values put before the watch began too", func(t *testing.T, dial func() StateStore) {
+	{"watch-expiry-of-the-old", "expiries of values put before the watch began are delivered, too", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		require.NoError(t, a.Put("k.1", nil, 1500*time.Millisecond))
 		require.NoError(t, a.Put("k.2", nil, 2*time.Second))
@@ -108,16 +108,16 @@ var watchCases = []conformanceCase{
 		assert.Equal(t, "delete k.2", brief(second))
 		assert.Equal(t, two, second.Revision)
 		assert.Equal(t, second, receive(t, exact))
-		tellsNext(t, a, wide, "k.4")
+		deliversNext(t, a, wide, "k.4")
 	}},
-	{"watch-expired-before", "what had expired before the watch began is not told", func(t *testing.T, dial func() StateStore) {
+	{"watch-expired-before", "what had expired before the watch began is not delivered", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		require.NoError(t, a.Put("k", nil, time.Millisecond))
 		eventually(t, func() bool { _, err := a.Get("k"); return err != nil }, "expiry")
 		events := mustWatch(t, b, "*")
-		tellsNext(t, a, events, "k")
+		deliversNext(t, a, events, "k")
 	}},
-	{"watch-refreshed", "a value that was refreshed in time is never told as expired", func(t *testing.T, dial func() StateStore) {
+	{"watch-refreshed", "a value that was refreshed in time is never reported as expired", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		require.NoError(t, a.Put("k", nil, 1500*time.Millisecond))
 		events := mustWatch(t, b, "*")
@@ -134,7 +134,7 @@ var watchCases = []conformanceCase{
 		assert.Equal(t, "delete k", brief(kv))
 		assert.Equal(t, last, kv.Revision)
 	}},
-	{"watch-put-after-expiry", "a Put after the deadline comes after the expiry, as a new key", func(t *testing.T, dial func() StateStore) {
+	{"watch-put-after-expiry", "a Put after the deadline comes after the expiry, as a new key", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		events := mustWatch(t, b, "*")
 		var last *KeyValue
@@ -148,7 +148,7 @@ var watchCases = []conformanceCase{
 			last = kv
 			eventually(t, func() bool { _, err := a.Get("k"); return err != nil }, "expiry")
 			if i%2 == 0 {
-				require.NoError(t, a.Put("k", nil, 0)) // at once, the expiry is hardly told yet
+				require.NoError(t, a.Put("k", nil, 0)) // at once, the expiry is hardly delivered yet
 				expiry := receive(t, events)
 				require.Equal(t, "delete k", brief(expiry))
 				require.Equal(t, last.Revision, expiry.Revision)
@@ -159,61 +159,77 @@ var watchCases = []conformanceCase{
 			require.Equal(t, "delete k", brief(receive(t, events)))
 		}
 	}},
-	{"watch-many-expiries", "every expiry is told, once", func(t *testing.T, dial func() StateStore) {
+	{"watch-many-expiries", "every expiry is delivered, once", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		events := mustWatch(t, b, "*")
 		const n = 200
 		for i := range n {
 			require.NoError(t, a.Put(fmt.Sprintf("k.%d", i), nil, time.Second))
 		}
-		told := map[string]int{}
-		for len(told) < n {
+		delivered := map[string]int{}
+		for len(delivered) < n {
 			if kv := receive(t, events); kv.Operation == OpDelete {
-				told[kv.Key]++
+				delivered[kv.Key]++
 			}
 		}
-		tellsNext(t, a, events, "end")
-		for key, times := range told {
+		deliversNext(t, a, events, "end")
+		for key, times := range delivered {
 			assert.Equal(t, 1, times, key)
 		}
 	}},
-	{"watch-order", "every change is told, however fast another follows; for one key events come in the order of their revisions, none twice", func(t *testing.T, dial func() StateStore) {
+	{"watch-order", "for one key events come in the order of their revisions, without duplicates; what is delivered is exact; the last state of every key is always delivered", func(t *testing.T, dial func() Store) {
 		const writers, each = 4, 100
 		reader := dial()
 		events := mustWatch(t, reader, "k.*")
 		var wg sync.WaitGroup
+		var mu sync.Mutex
+		written := map[uint64]string{} // key and value by revision, where that is known
 		for w := range writers {
 			s := dial()
 			wg.Go(func() {
 				for i := range each {
-					assert.NoError(t, s.Put(fmt.Sprintf("k.own.%d.%d", w, i), fmt.Append(nil, w, i), 0))
-					assert.NoError(t, s.Put(fmt.Sprintf("k.shared.%d", (w+i)%3), fmt.Append(nil, w, i), 0))
+					value := fmt.Append(nil, w, i)
+					own, shared := fmt.Sprintf("k.own.%d.%d", w, i), fmt.Sprintf("k.shared.%d", (w+i)%3)
+					revision, err := s.Update(own, value, 0, 0)
+					assert.NoError(t, err)
+					mu.Lock()
+					written[revision] = own + "=" + string(value)
+					mu.Unlock()
+					if i%10 == 9 {
+						assert.NoError(t, s.Delete(shared))
+					}
+					assert.NoError(t, s.Put(shared, append([]byte(shared+" "), value...), 0))
 				}
 			})
 		}
 		wg.Wait()
 		require.NoError(t, reader.Put("k.end", nil, 0))
-		last := map[string]uint64{}
-		told := map[string]int{}
-		for last["k.end"] == 0 {
+		last := map[string]*KeyValue{}
+		for last["k.end"] == nil {
 			kv := receive(t, events)
-			require.Greater(t, kv.Revision, last[kv.Key])
-			last[kv.Key] = kv.Revision
-			told[string(kv.Value)]++
-		}
-		for w := range writers {
-			for i := range each {
-				require.Equal(t, 2, told[string(fmt.Append(nil, w, i))], "of writer %d's change %d", w, i)
+			if before := last[kv.Key]; before != nil {
+				require.Greater(t, kv.Revision, before.Revision, kv.Key)
+			}
+			last[kv.Key] = kv
+			switch {
+			case kv.Operation == OpDelete:
+				require.Contains(t, kv.Key, "k.shared.")
+				require.Nil(t, kv.Value)
+			case strings.HasPrefix(kv.Key, "k.own."):
+				require.Equal(t, written[kv.Revision], kv.Key+"="+string(kv.Value), "invented")
+			case strings.HasPrefix(kv.Key, "k.shared."):
+				require.Contains(t, string(kv.Value), kv.Key+" ")
 			}
 		}
-		keys, err := reader.Keys("k.*")
+		entries, err := reader.Entries("k.*")
 		require.NoError(t, err)
-		require.Len(t, keys, writers*each+3+1)
-		for _, key := range keys {
-			require.Equal(t, mustGet(t, reader, key).Revision, last[key], key)
+		require.Len(t, entries, writers*each+3+1)
+		for _, kv := range entries {
+			// What was written once was not replaced, so it was not skipped.
+			require.Equal(t, kv, last[kv.Key])
 		}
 	}},
-	{"watch-slow-reader", "up to 1024 events wait in order; beyond it a newer event takes the place of its key's older one; the last state of every key arrives", func(t *testing.T, dial func() StateStore) {
+	{"watch-slow-reader", "a slow reader gets the last state of every key, and nothing is skipped but what was replaced; memory is bounded by the number of keys that changed", func(t *testing.T, dial func() Store) {
 		s := dial()
 		slow := mustWatch(t, s, "*")
 		const puts, keys = 2000, 10
@@ -246,7 +262,7 @@ var watchCases = []conformanceCase{
 			assert.Equal(t, fmt.Sprint(puts-keys+i), string(last[fmt.Sprintf("k.%d", i)].Value))
 		}
 	}},
-	{"watch-two-readers", "a slow reader blocks no other, and each gets all", func(t *testing.T, dial func() StateStore) {
+	{"watch-two-readers", "a slow reader blocks no other, and each gets all", func(t *testing.T, dial func() Store) {
 		s := dial()
 		stuck := mustWatch(t, s, "*")
 		other := mustWatch(t, s, "*")
@@ -258,14 +274,11 @@ var watchCases = []conformanceCase{
 			require.Equal(t, fmt.Sprint(i), receive(t, stuck).Key)
 		}
 	}},
-	{"watch-context", "WatchContext is closed when its context is done, and the others go on", func(t *testing.T, dial func() StateStore) {
+	{"watch-context", "a watch ends with the context that its store is bound to, and the others go on", func(t *testing.T, dial func() Store) {
 		s := dial()
 		ctx, cancel := context.WithCancel(context.Background())
-		some, err := s.(ContextWatcher).WatchContext(ctx, "k")
-		require.NoError(t, err)
-		idle, err := s.(ContextWatcher).WatchContext(ctx, "*")
-		require.NoError(t, err)
-		other := mustWatch(t, s, "*")
+		bound := s.WithContext(ctx)
+		some, idle, other := mustWatch(t, bound, "k"), mustWatch(t, bound, "*"), mustWatch(t, s, "*")
 		require.NoError(t, s.Put("k", nil, 0))
 		receive(t, other)
 		receive(t, some)
@@ -274,7 +287,7 @@ var watchCases = []conformanceCase{
 		ended(t, idle)
 		require.NoError(t, s.Put("k", nil, 0))
 		receive(t, other)
-		_, err = s.(ContextWatcher).WatchContext(ctx, "*")
+		_, err := bound.Watch("*")
 		assert.ErrorIs(t, err, context.Canceled)
 	}},
 }

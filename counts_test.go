@@ -52,7 +52,7 @@ func TestNATSStoreRequests(t *testing.T) {
 	requests("Put of a new key with a TTL", 1, put(s, "b", 90*time.Minute+time.Millisecond))
 	requests("Put over a TTL", 1, put(s, "b", 0))
 	requests("Get", 1, get("a"))
-	requests("Get of a missing key", 1, fails(ErrNotFound, get("missing")))
+	requests("Get of a missing key, which only the leader can say", 2, fails(ErrNotFound, get("missing")))
 	requests("GetKeyValue", 1, func() error { _, err := s.GetKeyValue("a"); return err })
 
 	var revision uint64
@@ -70,7 +70,11 @@ func TestNATSStoreRequests(t *testing.T) {
 
 	// What somebody else did has to be read first.
 	require.NoError(t, put(rival, "theirs", 0)())
-	requests("Put of a key that is another's", 3, put(s, "theirs", 0))
+	requests("Put of a key that turns out to be another's", 3, put(s, "theirs", 0))
+	require.NoError(t, put(rival, "theirs", 0)())
+	requests("Put of a key that others write, too", 2, put(s, "theirs", 0))
+	requests("Put of it, when it turns out that they do not any more", 2, put(s, "theirs", 0))
+	requests("Put of a key that others do not write any more", 1, put(s, "theirs", 0))
 	require.NoError(t, put(rival, "theirs", 0)())
 	requests("Get of it", 1, get("theirs"))
 	requests("Put of a key that was read", 1, put(s, "theirs", 0))

@@ -241,13 +241,13 @@ func ExampleLock() {
 }
 
 // Each watch of a store can have an end of its own.
-func ExampleContextWatcher() {
+func ExampleStore_WithContext() {
 	store := state.NewMemoryStore()
 	defer store.Close()
 
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	changes, err := store.WatchContext(ctx, "config.*")
+	changes, err := store.WithContext(ctx).Watch("config.*")
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -262,7 +262,7 @@ func ExampleContextWatcher() {
 // Claim makes agent the owner of a task, unless somebody else is. One request,
 // no lock: of all who try, one gets no ErrConflict. If the owner dies, the claim
 // lapses with its TTL.
-func Claim(store state.Updater, task, agent string) (bool, error) {
+func Claim(store state.Store, task, agent string) (bool, error) {
 	_, err := store.Update("claims."+task, []byte(agent), time.Minute, 0)
 	if err == state.ErrConflict {
 		return false, nil
@@ -270,7 +270,7 @@ func Claim(store state.Updater, task, agent string) (bool, error) {
 	return err == nil, err
 }
 
-func ExampleUpdater() {
+func ExampleStore_Update() {
 	store := state.NewMemoryStore()
 	defer store.Close()
 
@@ -339,10 +339,7 @@ func ExampleWithLock() {
 // Protected is a record that a lock protects. It holds the token of the last
 // one who wrote it, and so it can refuse who held the lock before that.
 type Protected struct {
-	Store interface {
-		state.StateStore
-		state.Updater
-	}
+	Store state.Store
 	Key string
 }
 

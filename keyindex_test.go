@@ -1,13 +1,18 @@
 package state
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
@@ -83,6 +88,147 @@ func TestKeyIndexAgainstModel(t *testing.T) {
 			check("group-3.unasked-1")
 		})
 	}
+}
+
+// TestKeyIndexBuild has keys come and go while the index is built, whenever the
+// build lets go of the lock. It does so after each indexStep keys.
+func TestKeyIndexBuild(t *testing.T) {
+	for _, limit := range []int{0, 1, indexStep, 20 * indexStep} {
+		t.Run(fmt.Sprint(limit), func(t *testing.T) {
+			random := rand.New(rand.NewPCG(2, uint64(limit)))
+			items := make(map[string]*item)
+			var n keyIndex
+			toggle := func(key string) {
+				if items[key] == nil {
+					items[key] = new(item)
+					n.add(key)
+				} else {
+					delete(items, key)
+					n.remove(key)
+				}
+			}
+			for i := range limit {
+				toggle(fmt.Sprintf("key-%d", i))
+			}
+			pauses, changes := 0, 0
+			pause := func(work func()) error {
+				pauses++
+				if work != nil {
+					work()
+				}
+				if changes > 10*limit {
+					return nil
+				}
+				// More than a step's, so that what is logged takes several, too.
+				for range random.IntN(2 * indexStep) {
+					toggle(fmt.Sprintf("key-%d", random.IntN(2*limit+5)))
+					changes++
+				}
+				return nil
+			}
+			require.NoError(t, n.build(items, pause))
+			require.True(t, n.made)
+			require.Nil(t, n.building)
+			require.Empty(t, n.log)
+			require.Equal(t, slices.Sorted(maps.Keys(items)), slices.Collect(n.from("", "")))
+			require.GreaterOrEqual(t, pauses, (limit+changes)/indexStep)
+
+			// One that is given up leaves nothing, and the next one can begin.
+			n = keyIndex{}
+			failure := errors.New("the caller has left")
+			for left := pauses; left > 0; left = left * 2 / 3 {
+				remaining := left
+				require.Equal(t, failure, n.build(items, func(work func()) error {
+					if work != nil {
+						work()
+					}
+					toggle(fmt.Sprint("meanwhile-", random.IntN(9)))
+					if remaining--; remaining <= 0 || remaining == left-2 {
+						return failure
+					}
+					return nil
+				}))
+				require.Equal(t, keyIndex{}, n)
+			}
+			require.NoError(t, n.build(items, func(work func()) error {
+				if work != nil {
+					work()
+				}
+				return nil
+			}))
+			require.Equal(t, slices.Sorted(maps.Keys(items)), slices.Collect(n.from("", "")))
+		})
+	}
+}
+
+// TestMemoryStoreFirstKeys has several list a large store for the first time, next
+// to a writer. The keys that are there throughout are in each answer, and writes
+// go on while the index is built.
+func TestMemoryStoreFirstKeys(t *testing.T) {
+	const n = 200_000
+	s := NewMemoryStore()
+	defer s.Close()
+	want := make([]string, 0, n)
+	for i := range n {
+		want = append(want, fmt.Sprintf("key-%06d", i))
+		require.NoError(t, s.Put(want[i], nil, 0))
+	}
+	d := s.client.data
+	building := func() bool {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		return d.keys.building != nil
+	}
+	// A caller that leaves in the middle leaves the index to the next.
+	_, err := s.WithContext(&leaving{Context: context.Background(), after: n / indexStep / 2}).Keys("*")
+	require.ErrorIs(t, err, context.Canceled)
+	require.False(t, building())
+	require.False(t, d.keys.made)
+
+	var wg sync.WaitGroup
+	var running atomic.Int32
+	for range 3 {
+		running.Add(1)
+		wg.Go(func() {
+			defer running.Add(-1)
+			keys, err := s.Keys("key-*")
+			assert.NoError(t, err)
+			assert.True(t, slices.Equal(want, keys))
+			entries, err := s.Entries("key-1*")
+			assert.NoError(t, err)
+			assert.Len(t, entries, n/2)
+		})
+	}
+	writes := 0
+	for i := 0; running.Load() > 0; i++ {
+		other := fmt.Sprintf("other-%d", i%3000)
+		require.NoError(t, s.Put(other, nil, 0))
+		require.NoError(t, s.Delete(fmt.Sprintf("other-%d", max(0, i-100)%3000)))
+		if building() {
+			writes++
+		}
+	}
+	wg.Wait()
+	assert.NotZero(t, writes, "while the index was built")
+	keys, err := s.Keys("other-*")
+	require.NoError(t, err)
+	for _, key := range keys {
+		_, err := s.Get(key)
+		require.NoError(t, err)
+	}
+}
+
+// leaving is a context that ends after it has been asked so many times.
+type leaving struct {
+	context.Context
+	after int
+}
+
+func (c *leaving) Err() error {
+	if c.after--; c.after < 0 {
+		return context.Canceled
+	}
+	return nil
 }
 
 // TestMemoryStoreReplacesNoSharedValue is about values that are replaced in

@@ -1,5 +1,3 @@
-//go:build additions
-
 package state
 
 import (

@@ -19,9 +19,9 @@ func TestNATSStoreConformanceAtADistance(t *testing.T) {
 	}
 	srv := startServer(t, nil)
 	b := natsBackend(1, srv)
-	b.open = func(t *testing.T) func() StateStore {
+	b.open = func(t *testing.T) func() Store {
 		bucket := newBucketName()
-		return func() StateStore {
+		return func() Store {
 			nc, _ := connectAt(t, srv.ClientURL(), distance{rtt: 5 * time.Millisecond})
 			return openStore(t, NATSStoreConfig{Conn: nc, Bucket: bucket})
 		}
@@ -38,11 +38,11 @@ const trafficPrefix = "traffic-beside."
 func TestNATSStoreConformanceBesideTraffic(t *testing.T) {
 	srv := startServer(t, nil)
 	b := natsBackend(1, srv)
-	b.open = func(t *testing.T) func() StateStore {
+	b.open = func(t *testing.T) func() Store {
 		bucket := newBucketName()
 		// These count the revisions of the whole store.
 		quiet := slices.Contains([]string{"delete", "concurrent-writers"}, path.Base(t.Name()))
-		return func() StateStore {
+		return func() Store {
 			s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: bucket})
 			if !quiet {
 				quiet = true // one client makes it

@@ -117,7 +117,7 @@ func TestWeReadOthers(t *testing.T) {
 	// A subject that is no key is nobody's entry.
 	_, err = js.Publish(ctx, "$KV.b.a:b", []byte("v"))
 	require.NoError(t, err)
-	tellsNext(t, s, events, "end")
+	deliversNext(t, s, events, "end")
 	keys, err = s.Keys("*")
 	require.NoError(t, err)
 	assert.Equal(t, []string{"before", "end"}, keys)

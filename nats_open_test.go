@@ -282,7 +282,7 @@ func TestMarkerBucket(t *testing.T) {
 	}, "marker")
 	_, err = s.Get("theirs")
 	refuses(t, ErrNotFound, err)
-	tellsNext(t, s, events, "theirs")
+	deliversNext(t, s, events, "theirs")
 	keys, err := s.Keys("*")
 	require.NoError(t, err)
 	assert.Equal(t, []string{"theirs"}, keys)

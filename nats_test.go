@@ -33,9 +33,9 @@ func natsBackend(replicas int, servers ...*server.Server) backend {
 	var clients atomic.Int64
 	return backend{
 		run: func(t *testing.T, f func(*testing.T)) { t.Parallel(); f(t) },
-		open: func(t *testing.T) func() StateStore {
+		open: func(t *testing.T) func() Store {
 			bucket := newBucketName()
-			return func() StateStore {
+			return func() Store {
 				srv := servers[int(clients.Add(1))%len(servers)]
 				return openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: bucket, Replicas: replicas})
 			}

@@ -481,7 +481,7 @@ func TestWatchEnds(t *testing.T) {
 		s.maxCut = 500 * time.Millisecond // instead of an hour
 		events := mustWatch(t, s, "*")
 		time.Sleep(1200 * time.Millisecond) // idle is not cut off
-		tellsNext(t, s, events, "k")
+		deliversNext(t, s, events, "k")
 		p.refuse(true)
 		p.cut()
 		time.Sleep(time.Second)

@@ -42,24 +42,34 @@ const (
 // store that wraps one of them Acquire tries again after pauses that grow to a
 // second, and when the lease of the holder ends.
 func Acquire(ctx context.Context, store StateStore, key string, ttl time.Duration) (Lock, error) {
-	await := func() (Lock, error) { return pollLock(ctx, store, key, ttl) }
+	lock, _, err := acquire(ctx, store, key, ttl)
+	return lock, err
+}
+
+// acquire is Acquire, and returns until when the lock can be counted on; zero if
+// that is not known.
+func acquire(ctx context.Context, store StateStore, key string, ttl time.Duration) (Lock, time.Time, error) {
+	await := func() (Lock, time.Time, error) { return pollLock(ctx, store, key, ttl) }
 	if waiter, ok := store.(lockWaiter); ok {
-		await = func() (Lock, error) { return waiter.awaitLock(ctx, key, ttl) }
+		await = func() (Lock, time.Time, error) {
+			lock, err := waiter.awaitLock(ctx, key, ttl)
+			return lock, validUntil(lock), err
+		}
 	}
 	retry := backoff{minLockPause, maxLockPause}
 	var failure error // the last one
 	for lapsed := 0; ctx.Err() == nil; retry.wait(ctx, math.MaxInt64) {
-		lock, err := await()
-		if err == nil || final(err) {
-			return lock, err
+		lock, until, err := await()
+		if err == nil {
+			return lock, until, nil
 		}
-		if err == ErrLockHeld && ctx.Err() != nil {
-			return nil, err
+		if final(err) || err == ErrLockHeld && ctx.Err() != nil {
+			return nil, time.Time{}, err
 		}
 		if err != ErrLockExpired {
 			lapsed = 0
 		} else if lapsed++; lapsed == maxLapsed {
-			return nil, err
+			return nil, time.Time{}, err
 		}
 		if failure == nil || ctx.Err() == nil {
 			failure = err
@@ -68,40 +78,43 @@ func Acquire(ctx context.Context, store StateStore, key string, ttl time.Duratio
 	err := ctx.Err()
 	switch {
 	case failure == nil, failure == ErrLockExpired, failure == ErrLockHeld:
-		return nil, contextError("lock", key, err)
-	case errors.Is(failure, err):
-		return nil, failure
+		failure = contextError("lock", key, err)
+	case !errors.Is(failure, err):
+		failure = fmt.Errorf("state: lock %q: %w; the last failure: %w", key, err, failure)
 	}
-	return nil, fmt.Errorf("state: lock %q: %w; the last failure: %w", key, err, failure)
+	return nil, time.Time{}, failure
 }
 
-// pollLock is awaitLock for any store.
-func pollLock(ctx context.Context, store StateStore, key string, ttl time.Duration) (Lock, error) {
+// pollLock is awaitLock for any store. It also returns until when the lock can be
+// counted on.
+func pollLock(ctx context.Context, store StateStore, key string, ttl time.Duration) (Lock, time.Time, error) {
 	full, _ := store.(Store)
 	held := false
 	for retry := (backoff{minLockPause, maxLockPause}); ; {
 		var lock Lock
 		var err error
+		asked := time.Now()
 		if full == nil {
 			lock, err = store.Lock(key, ttl)
 		} else {
 			lock, err = lockWithin(ctx, full, key, ttl)
 		}
 		if err != nil && held && ctx.Err() != nil {
-			return nil, ErrLockHeld
+			return nil, time.Time{}, ErrLockHeld
 		}
 		if err != ErrLockHeld {
-			return lock, err
+			return lock, asked.Add(ttl), err
 		}
 		held = true
 		limit := time.Duration(math.MaxInt64)
 		if full != nil {
-			if info, err := full.WithContext(ctx).LockHolder(key); err == nil {
+			if info, err := full.WithContext(ctx).LockHolder(key); err == nil && !info.Expires.IsZero() {
 				limit = max(time.Until(info.Expires), minLockPause)
 			}
 		}
-		if retry.wait(ctx, limit); ctx.Err() != nil {
-			return nil, ErrLockHeld
+		retry.wait(ctx, limit)
+		if ctx.Err() != nil {
+			return nil, time.Time{}, ErrLockHeld
 		}
 	}
 }
@@ -113,6 +126,15 @@ func lockWithin(ctx context.Context, store Store, key string, ttl time.Duration)
 	stop := context.AfterFunc(ctx, cancel)
 	defer stop()
 	return store.WithContext(call).Lock(key, ttl)
+}
+
+// validUntil returns until when a lock can be counted on, by the local clock; zero
+// if it does not say.
+func validUntil(lock Lock) time.Time {
+	if l, ok := lock.(interface{ validUntil() time.Time }); ok {
+		return l.validUntil()
+	}
+	return time.Time{}
 }
 
 // Hold runs fn while it holds a lock, keeps the lock refreshed for as long as fn
@@ -137,7 +159,7 @@ func lockWithin(ctx context.Context, store Store, key string, ttl time.Duration)
 //
 // It costs a request each third of the TTL and one to unlock.
 func Hold(ctx context.Context, lock Lock, ttl time.Duration, fn func(ctx context.Context, token uint64) error) error {
-	_, err := hold(ctx, lock, ttl, fn)
+	_, err := hold(ctx, lock, ttl, validUntil(lock), fn)
 	return err
 }
 
@@ -157,11 +179,11 @@ func Hold(ctx context.Context, lock Lock, ttl time.Duration, fn func(ctx context
 func WithLock(ctx context.Context, store StateStore, key string, ttl time.Duration, fn func(ctx context.Context, token uint64) error) error {
 	retry := backoff{minLockPause, maxLockPause}
 	for lapsed := 1; ; lapsed++ {
-		lock, err := Acquire(ctx, store, key, ttl)
+		lock, until, err := acquire(ctx, store, key, ttl)
 		if err != nil {
 			return err
 		}
-		called, err := hold(ctx, lock, ttl, fn)
+		called, err := hold(ctx, lock, ttl, until, fn)
 		if called || err != ErrLockExpired || lapsed == maxLapsed {
 			return err
 		}
@@ -169,9 +191,10 @@ func WithLock(ctx context.Context, store StateStore, key string, ttl time.Durati
 	}
 }
 
-// hold is Hold, and reports whether fn was called.
-func hold(ctx context.Context, lock Lock, ttl time.Duration, fn func(ctx context.Context, token uint64) error) (called bool, err error) {
-	r := &renewer{lock: lock, ttl: ttl}
+// hold is Hold of a lock that can be counted on until then, if that is not zero.
+// It reports whether fn was called.
+func hold(ctx context.Context, lock Lock, ttl time.Duration, until time.Time, fn func(ctx context.Context, token uint64) error) (called bool, err error) {
+	r := &renewer{lock: lock, ttl: ttl, until: until}
 	if err := r.freshen(ctx); err != nil {
 		_ = lock.Unlock()
 		return false, err
@@ -225,16 +248,16 @@ func (r *renewer) freshen(ctx context.Context) error {
 	if r.ttl <= 0 {
 		return ErrInvalidTTL
 	}
-	known := false
-	if l, ok := r.lock.(interface{ validUntil() time.Time }); ok {
-		r.until, known = l.validUntil(), true
+	end := r.until
+	if end.IsZero() {
+		end = time.Now().Add(r.ttl) // at the latest, as it was acquired before
 	}
 	retry := backoff{max(min(r.ttl/20, minLockPause), minRenewal), maxLockPause}
 	for slow := 0; ; {
 		if err := ctx.Err(); err != nil {
 			return contextError("hold", r.lock.Key(), err)
 		}
-		if known && time.Until(r.until) >= r.ttl-r.ttl/3 {
+		if time.Until(r.until) >= r.ttl-r.ttl/3 {
 			return nil
 		}
 		if slow == maxLapsed {
@@ -243,12 +266,14 @@ func (r *renewer) freshen(ctx context.Context) error {
 		err := r.refresh()
 		switch {
 		case err == nil:
-			known = true
 			slow++
+			end = r.until
 		case err == ErrLockExpired, err == ErrLockNotHeld, final(err):
 			return err
+		case !time.Now().Before(end):
+			return ErrLockExpired
 		default:
-			retry.wait(ctx, math.MaxInt64)
+			retry.wait(ctx, time.Until(end))
 		}
 	}
 }

@@ -20,13 +20,6 @@ const (
 	keepRecords = time.Minute // of tasks and terms, for those who want to know
 )
 
-// A Store is what agents share. Both stores of package state are one.
-type Store interface {
-	state.StateStore
-	state.Updater
-	state.ContextWatcher
-}
-
 // An Agent is one member of the swarm. All that it knows of the others it knows
 // from the store:
 //
@@ -38,7 +31,7 @@ type Store interface {
 // and the locks "leader" and "tasks.<term>-<n>".
 type Agent struct {
 	Name  string
-	Store Store
+	Store state.Store
 
 	// Tell is told what goes wrong.
 	Tell func(format string, args ...any)
@@ -123,7 +116,7 @@ var errWatchEnded = errors.New("the watch has ended")
 // follow keeps the agent's configuration up to date: first Watch, then Get, so
 // that no change is missed in between.
 func (a *Agent) follow(ctx context.Context) error {
-	changes, err := a.Store.WatchContext(ctx, "config.pace")
+	changes, err := a.Store.WithContext(ctx).Watch("config.pace")
 	if err != nil {
 		return err
 	}
@@ -206,7 +199,7 @@ func (a *Agent) lead(ctx context.Context, lock state.Lock, asked time.Time) erro
 
 // work does the tasks that nobody else does.
 func (a *Agent) work(ctx context.Context) error {
-	changes, err := a.Store.WatchContext(ctx, "tasks.*")
+	changes, err := a.Store.WithContext(ctx).Watch("tasks.*")
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,617 @@
+package state
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// A meddler is a store that behaves as another one does, except where a test says
+// otherwise. It stands for what a user may wrap around a store.
+type meddler struct {
+	Store
+	// fail returns the error of a call in place of the store. With one that wraps
+	// ErrOutcomeUnknown the call is made all the same.
+	fail func(op, key string) error
+	// granted may replace a lock.
+	granted func(l Lock) Lock
+}
+
+func (m meddler) WithContext(ctx context.Context) Store {
+	m.Store = m.Store.WithContext(ctx)
+	return m
+}
+
+func (m meddler) failed(op, key string) error {
+	if m.fail == nil {
+		return nil
+	}
+	return m.fail(op, key)
+}
+
+func (m meddler) GetKeyValue(key string) (*KeyValue, error) {
+	if err := m.failed("get", key); err != nil {
+		return nil, err
+	}
+	return m.Store.GetKeyValue(key)
+}
+
+func (m meddler) Update(key string, value []byte, ttl time.Duration, revision uint64) (uint64, error) {
+	err := m.failed("update", key)
+	if err != nil {
+		if errors.Is(err, ErrOutcomeUnknown) {
+			_, _ = m.Store.Update(key, value, ttl, revision)
+		}
+		return 0, err
+	}
+	return m.Store.Update(key, value, ttl, revision)
+}
+
+func (m meddler) DeleteRevision(key string, revision uint64) error {
+	if err := m.failed("delete", key); err != nil {
+		return err
+	}
+	return m.Store.DeleteRevision(key, revision)
+}
+
+func (m meddler) Lock(key string, ttl time.Duration) (Lock, error) {
+	if err := m.failed("lock", key); err != nil {
+		return nil, err
+	}
+	l, err := m.Store.Lock(key, ttl)
+	if err == nil && m.granted != nil {
+		l = m.granted(l)
+	}
+	return l, err
+}
+
+var (
+	errOutage = errors.New("no packet gets through")
+	errDoubt  = fmt.Errorf("no answer: %w", ErrOutcomeUnknown)
+)
+
+// failing returns a meddler whose next calls of op fail with these errors.
+func failing(s Store, op string, errs ...error) meddler {
+	var mu sync.Mutex
+	return meddler{Store: s, fail: func(called, _ string) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if called != op || len(errs) == 0 {
+			return nil
+		}
+		err := errs[0]
+		errs = errs[1:]
+		return err
+	}}
+}
+
+var functionCases = []conformanceCase{
+	{"modify", "Modify writes what fn makes of the entry, or of nil if the key does not exist, and returns the new revision", func(t *testing.T, dial func() Store) {
+		a, b := dial(), dial()
+		ctx := context.Background()
+		var first *KeyValue
+		for i := range 3 {
+			revision, err := Modify(ctx, []Store{a, b}[i%2], "k", func(old *KeyValue) ([]byte, time.Duration, error) {
+				if i == 0 {
+					assert.Nil(t, old)
+				} else {
+					assert.Equal(t, first, old)
+				}
+				return fmt.Append(nil, i), time.Hour, nil
+			})
+			require.NoError(t, err)
+			first = mustGet(t, a, "k")
+			assert.Equal(t, revision, first.Revision)
+			assert.Equal(t, fmt.Sprint(i), string(first.Value))
+			assert.True(t, first.Expires.Equal(first.Modified.Add(time.Hour)))
+		}
+		own := errors.New("its own")
+		_, err := Modify(ctx, a, "k", func(*KeyValue) ([]byte, time.Duration, error) { return []byte("x"), 0, own })
+		refuses(t, own, err)
+		assert.Equal(t, first, mustGet(t, a, "k"))
+		nothing := func(*KeyValue) ([]byte, time.Duration, error) { return nil, 0, nil }
+		_, err = Modify(ctx, a, "a b", nothing)
+		refuses(t, ErrInvalidKey, err)
+		_, err = Modify(ctx, a, "k", func(*KeyValue) ([]byte, time.Duration, error) { return nil, -1, nil })
+		refuses(t, ErrInvalidTTL, err)
+		_, err = Modify(ctx, a, "k", func(*KeyValue) ([]byte, time.Duration, error) { return make([]byte, 2<<20), 0, nil })
+		refuses(t, ErrValueTooLarge, err)
+		require.NoError(t, a.Close())
+		_, err = Modify(ctx, a, "k", nothing)
+		refuses(t, ErrClosed, err)
+	}},
+	{"modify-counts", "no change of a Modify is lost", func(t *testing.T, dial func() Store) {
+		const clients, each = 5, 15
+		var wg sync.WaitGroup
+		for range clients {
+			s := dial()
+			wg.Go(func() {
+				for range each {
+					_, err := Modify(context.Background(), s, "counter", func(old *KeyValue) ([]byte, time.Duration, error) {
+						var n int
+						if old != nil {
+							_, _ = fmt.Sscan(string(old.Value), &n)
+						}
+						return fmt.Append(nil, n+1), 0, nil
+					})
+					assert.NoError(t, err)
+				}
+			})
+		}
+		wg.Wait()
+		assert.Equal(t, fmt.Sprint(clients*each), string(mustGet(t, dial(), "counter").Value))
+	}},
+	{"modify-starts-over", "Modify starts over after a conflict until ctx ends, and then wraps the context's error", func(t *testing.T, dial func() Store) {
+		a, b := dial(), dial()
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		calls := 0
+		_, err := Modify(ctx, a, "k", func(*KeyValue) ([]byte, time.Duration, error) {
+			require.NoError(t, b.Put("k", []byte("theirs"), 0)) // always in between
+			if calls++; calls == 6 {
+				cancel()
+			}
+			return []byte("mine"), 0, nil
+		})
+		assert.ErrorIs(t, err, context.Canceled)
+		assert.Equal(t, 6, calls)
+		assert.Equal(t, "theirs", string(mustGet(t, a, "k").Value))
+	}},
+	{"modify-unknown", "a write of unknown outcome is returned and never repeated", func(t *testing.T, dial func() Store) {
+		s := dial()
+		calls := 0
+		_, err := Modify(context.Background(), failing(s, "update", errDoubt), "k", func(*KeyValue) ([]byte, time.Duration, error) {
+			calls++
+			return []byte("v"), 0, nil
+		})
+		assert.ErrorIs(t, err, ErrOutcomeUnknown)
+		assert.Equal(t, 1, calls)
+		_, err = Modify(context.Background(), failing(s, "get", errOutage), "k", nil)
+		assert.ErrorIs(t, err, errOutage)
+	}},
+	{"keep-alive", "KeepAlive writes the key at once and then every third of the TTL; when ctx ends it deletes the key and returns nil", func(t *testing.T, dial func() Store) {
+		a, b := dial(), dial()
+		events := mustWatch(t, b, "*")
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan error)
+		n := 0
+		go func() {
+			done <- KeepAlive(ctx, a, "k", 1500*time.Millisecond, func() []byte {
+				n++
+				return fmt.Append(nil, n)
+			})
+		}()
+		var last *KeyValue
+		for i := range 6 { // 2.5 seconds
+			kv := receive(t, events)
+			require.Equal(t, "put k", brief(kv), "without an expiry")
+			require.Equal(t, fmt.Sprint(i+1), string(kv.Value))
+			require.True(t, kv.Expires.Equal(kv.Modified.Add(1500*time.Millisecond)))
+			if last != nil {
+				assert.GreaterOrEqual(t, kv.Modified.Sub(last.Modified), 400*time.Millisecond)
+				assert.True(t, kv.Created.Equal(last.Created))
+			}
+			last = kv
+		}
+		cancel()
+		require.NoError(t, <-done)
+		deleted := receive(t, events)
+		assert.Equal(t, "delete k", brief(deleted))
+		assert.Greater(t, deleted.Revision, last.Revision, "it was deleted and did not expire")
+		_, err := b.Get("k")
+		refuses(t, ErrNotFound, err)
+
+		require.NoError(t, KeepAlive(ctx, a, "k", time.Minute, nil), "nothing is written after ctx has ended")
+		deliversNext(t, b, events, "end")
+	}},
+	{"keep-alive-spares-others", "KeepAlive deletes only what it wrote last", func(t *testing.T, dial func() Store) {
+		a, b := dial(), dial()
+		require.NoError(t, b.Put("k", []byte("left by another"), 0))
+		events := mustWatch(t, b, "k")
+		for _, theirs := range []func() error{
+			func() error { return b.Put("k", []byte("theirs"), 0) },
+			func() error { return b.Delete("k") },
+		} {
+			ctx, cancel := context.WithCancel(context.Background())
+			done := make(chan error)
+			go func() { done <- KeepAlive(ctx, a, "k", time.Hour, func() []byte { return []byte("mine") }) }()
+			require.Equal(t, "mine", string(receive(t, events).Value))
+			require.NoError(t, theirs())
+			receive(t, events)
+			cancel()
+			require.NoError(t, <-done)
+			deliversNext(t, b, events, "k")
+		}
+	}},
+	{"keep-alive-takes-over", "KeepAlive writes its key anew after somebody deleted or replaced it", func(t *testing.T, dial func() Store) {
+		a, b := dial(), dial()
+		events := mustWatch(t, b, "k")
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		done := make(chan error)
+		go func() { done <- KeepAlive(ctx, a, "k", 600*time.Millisecond, func() []byte { return []byte("mine") }) }()
+		next := func(value string) {
+			eventually(t, func() bool { return string(receive(t, events).Value) == value }, value)
+		}
+		next("mine")
+		require.NoError(t, b.Delete("k"))
+		next("")
+		next("mine")
+		require.NoError(t, b.Put("k", []byte("theirs"), 0))
+		next("theirs")
+		next("mine")
+		cancel()
+		require.NoError(t, <-done)
+		_, err := b.Get("k")
+		refuses(t, ErrNotFound, err)
+	}},
+	{"keep-alive-errors", "KeepAlive returns the errors that do not pass", func(t *testing.T, dial func() Store) {
+		s := dial()
+		ctx := context.Background()
+		value := func() []byte { return nil }
+		refuses(t, ErrInvalidTTL, KeepAlive(ctx, s, "k", 0, value))
+		refuses(t, ErrInvalidTTL, KeepAlive(ctx, s, "k", -1, value))
+		refuses(t, ErrInvalidKey, KeepAlive(ctx, s, "a b", time.Minute, value))
+		refuses(t, ErrValueTooLarge, KeepAlive(ctx, s, "k", time.Minute, func() []byte { return make([]byte, 2<<20) }))
+		_, err := s.Get("k")
+		refuses(t, ErrNotFound, err)
+		done := make(chan error)
+		go func() { done <- KeepAlive(ctx, s, "k", 300*time.Millisecond, value) }()
+		eventually(t, func() bool { _, err := s.Get("k"); return err == nil }, "the first write")
+		require.NoError(t, s.Close())
+		refuses(t, ErrClosed, <-done)
+	}},
+	{"keep-alive-outages", "KeepAlive goes on through outages and writes of unknown outcome, and deletes what it wrote in the end", func(t *testing.T, dial func() Store) {
+		a, b := dial(), dial()
+		for name, m := range map[string]meddler{
+			"outage":  failing(a, "update", errOutage, nil, errOutage, errOutage, nil, nil, errOutage),
+			"doubt":   failing(a, "update", errDoubt, nil, errDoubt, errDoubt, nil),
+			"reading": failing(a, "get", errOutage, errOutage),
+			"the end": failing(a, "delete", errOutage, errDoubt, errOutage),
+		} {
+			events := mustWatch(t, b, "k")
+			ctx, cancel := context.WithCancel(context.Background())
+			done := make(chan error)
+			n := 0
+			go func() {
+				done <- KeepAlive(ctx, m, "k", 900*time.Millisecond, func() []byte { n++; return fmt.Append(nil, n) })
+			}()
+			for range 6 {
+				require.Equal(t, "put k", brief(receive(t, events)), name)
+			}
+			cancel()
+			require.NoError(t, <-done, name)
+			_, err := b.Get("k")
+			refuses(t, ErrNotFound, err, name)
+			for brief(receive(t, events)) != "delete k" {
+			}
+			deliversNext(t, b, events, "k")
+			require.NoError(t, b.Delete("k"))
+		}
+
+		// The last write is in doubt when ctx ends.
+		for _, before := range [][]error{{errDoubt}, {nil, errDoubt}} {
+			ctx, cancel := context.WithCancel(context.Background())
+			n := 0
+			m := failing(a, "update", before...)
+			inner := m.fail
+			m.fail = func(op, key string) error {
+				err := inner(op, key)
+				if err != nil {
+					cancel()
+				}
+				return err
+			}
+			require.NoError(t, KeepAlive(ctx, m, "k", 300*time.Millisecond, func() []byte { n++; return fmt.Append(nil, n) }))
+			require.Equal(t, len(before), n)
+			_, err := b.Get("k")
+			refuses(t, ErrNotFound, err, before)
+			cancel()
+		}
+	}},
+}
+
+var acquireCases = []conformanceCase{
+	{"acquire", "Acquire waits for a lock until it is released", func(t *testing.T, dial func() Store) {
+		a, b := dial(), dial()
+		for name, s := range map[string]StateStore{"itself": b, "wrapped": meddler{Store: b}, "a StateStore": struct{ StateStore }{b}} {
+			l := mustLock(t, a, "l", time.Minute)
+			got := make(chan Lock)
+			go func() {
+				l, err := Acquire(context.Background(), s, "l", time.Minute)
+				assert.NoError(t, err, name)
+				got <- l
+			}()
+			time.Sleep(30 * time.Millisecond)
+			assert.Empty(t, got, name)
+			require.NoError(t, l.Unlock())
+			next := <-got
+			require.NotNil(t, next, name)
+			assert.Equal(t, "l", next.Key())
+			assert.Greater(t, next.(Fenced).Token(), l.(Fenced).Token())
+			_, err := a.Lock("l", time.Minute)
+			refuses(t, ErrLockHeld, err, name)
+			require.NoError(t, next.Unlock())
+		}
+	}},
+	{"acquire-takes-over", "Acquire gets the lock when the lease of a dead holder ends, and not before; not while it is refreshed", func(t *testing.T, dial func() Store) {
+		a, b := dial(), dial()
+		const ttl = 400 * time.Millisecond
+		for name, s := range map[string]Store{"itself": b, "wrapped": meddler{Store: b}} {
+			l := mustLock(t, a, "l", ttl)
+			refreshed := time.Now()
+			var wg sync.WaitGroup
+			wg.Go(func() {
+				for range 3 {
+					time.Sleep(ttl / 4)
+					asked := time.Now()
+					if !assert.NoError(t, l.Refresh(), name) {
+						return
+					}
+					refreshed = asked
+				}
+			})
+			next, err := Acquire(context.Background(), s, "l", time.Minute)
+			took := time.Now()
+			require.NoError(t, err, name)
+			wg.Wait()
+			assert.GreaterOrEqual(t, took.Sub(refreshed), ttl, name)
+			assert.Less(t, took.Sub(refreshed), ttl+2*time.Second, name)
+			refuses(t, ErrLockExpired, l.Refresh())
+			require.NoError(t, next.Unlock())
+		}
+	}},
+	{"acquire-errors", "when ctx ends Acquire returns the bare ErrLockHeld if somebody held the lock to the last, else an error that wraps the context's", func(t *testing.T, dial func() Store) {
+		a, b := dial(), dial()
+		l := mustLock(t, a, "l", time.Minute)
+		for name, s := range map[string]Store{"itself": b, "wrapped": meddler{Store: b}} {
+			ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+			_, err := Acquire(ctx, s, "l", time.Minute)
+			refuses(t, ErrLockHeld, err, name)
+			_, err = Acquire(ctx, s, "free", time.Minute)
+			assert.ErrorIs(t, err, context.DeadlineExceeded, name)
+			cancel()
+			_, err = Acquire(context.Background(), s, "l", 0)
+			refuses(t, ErrInvalidTTL, err, name)
+			_, err = Acquire(context.Background(), s, "a b", time.Minute)
+			refuses(t, ErrInvalidKey, err, name)
+		}
+		_, err := a.LockHolder("free")
+		refuses(t, ErrNotFound, err)
+		require.NoError(t, l.Unlock())
+	}},
+	{"acquire-outages", "Acquire waits through outages; the error of ctx then wraps the last failure", func(t *testing.T, dial func() Store) {
+		s := dial()
+		l, err := Acquire(context.Background(), failing(s, "lock", errOutage, errDoubt, ErrLockExpired, ErrLockHeld, errOutage), "l", time.Minute)
+		require.NoError(t, err)
+		require.NoError(t, l.Unlock())
+		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+		defer cancel()
+		_, err = Acquire(ctx, meddler{Store: s, fail: func(string, string) error { return errOutage }}, "l", time.Minute)
+		assert.ErrorIs(t, err, context.DeadlineExceeded)
+		assert.ErrorIs(t, err, errOutage)
+	}},
+	{"acquire-tiny-ttl", "Acquire gives up with ErrLockExpired after ten leases in a row that lapsed on their way", func(t *testing.T, dial func() Store) {
+		asked := 0
+		_, err := Acquire(context.Background(), meddler{Store: dial(), fail: func(op, _ string) error {
+			if op == "lock" {
+				asked++
+			}
+			return ErrLockExpired
+		}}, "l", time.Nanosecond)
+		refuses(t, ErrLockExpired, err)
+		assert.Equal(t, 10, asked)
+	}},
+	{"acquire-context", "ctx bounds the acquisition, and not Refresh of the lock", func(t *testing.T, dial func() Store) {
+		a, b := dial(), dial()
+		for name, s := range map[string]Store{"itself": a, "wrapped": meddler{Store: a}} {
+			ended, cancel := context.WithCancel(context.Background())
+			ctx, end := context.WithCancel(context.Background())
+			bound := s.WithContext(ended)
+			cancel()
+			l, err := Acquire(ctx, bound, "l", time.Minute)
+			require.NoError(t, err, name)
+			end()
+			require.NoError(t, l.Refresh(), name)
+			_, err = b.Lock("l", time.Minute)
+			refuses(t, ErrLockHeld, err)
+			require.NoError(t, l.Unlock(), name)
+		}
+	}},
+	{"acquire-many", "many wait for one lock, and each gets it; one that gives up takes it from no other", func(t *testing.T, dial func() Store) {
+		var inside, violations, got atomic.Int32
+		var wg sync.WaitGroup
+		clients := []Store{dial(), dial(), dial()}
+		l := mustLock(t, clients[0], "l", time.Minute)
+		for i := range 24 {
+			s := clients[i%3]
+			wg.Go(func() {
+				ctx, cancel := context.WithCancel(context.Background())
+				defer cancel()
+				if i%4 == 3 {
+					time.AfterFunc(time.Duration(i)*3*time.Millisecond, cancel)
+				}
+				l, err := Acquire(ctx, s, "l", 20*time.Second)
+				if err != nil {
+					assert.Equal(t, 3, i%4, "%v", err)
+					return
+				}
+				got.Add(1)
+				if inside.Add(1) != 1 {
+					violations.Add(1)
+				}
+				time.Sleep(time.Millisecond)
+				inside.Add(-1)
+				assert.NoError(t, l.Unlock())
+			})
+		}
+		time.Sleep(50 * time.Millisecond)
+		require.NoError(t, l.Unlock())
+		wg.Wait()
+		assert.Zero(t, violations.Load())
+		assert.GreaterOrEqual(t, got.Load(), int32(18))
+	}},
+	{"close-ends-waiting", "Close ends calls in progress, such as Acquire, with ErrClosed", func(t *testing.T, dial func() Store) {
+		a, b := dial(), dial()
+		l := mustLock(t, a, "l", time.Minute)
+		for _, wrap := range []func(Store) Store{
+			func(s Store) Store { return s },
+			func(s Store) Store { return meddler{Store: s} },
+		} {
+			s := dial()
+			done := make(chan error)
+			go func() {
+				_, err := Acquire(context.Background(), wrap(s), "l", time.Minute)
+				done <- err
+			}()
+			go func() {
+				_, err := Acquire(context.Background(), wrap(s), "l", time.Minute)
+				done <- err
+			}()
+			time.Sleep(20 * time.Millisecond)
+			require.NoError(t, s.Close())
+			refuses(t, ErrClosed, <-done)
+			refuses(t, ErrClosed, <-done)
+		}
+		require.NoError(t, l.Unlock())
+		next, err := Acquire(context.Background(), b, "l", time.Minute)
+		require.NoError(t, err)
+		require.NoError(t, next.Unlock())
+	}},
+}
+
+// limited is a lock that can be refreshed so many times, and then no more.
+type limited struct {
+	Lock
+	left *atomic.Int32
+}
+
+func (l limited) Refresh() error {
+	if l.left.Add(-1) < 0 {
+		return errOutage
+	}
+	return l.Lock.Refresh()
+}
+
+func limit(l Lock, n int32) limited {
+	left := new(atomic.Int32)
+	left.Store(n)
+	return limited{l, left}
+}
+
+var holdCases = []conformanceCase{
+	{"hold", "Hold refreshes a lock while fn runs and unlocks it afterwards", func(t *testing.T, dial func() Store) {
+		a, b := dial(), dial()
+		l := mustLock(t, a, "l", 900*time.Millisecond)
+		own := errors.New("its own")
+		err := Hold(context.Background(), l, 900*time.Millisecond, func(ctx context.Context, token uint64) error {
+			assert.Equal(t, l.(Fenced).Token(), token)
+			time.Sleep(1500 * time.Millisecond)
+			assert.NoError(t, ctx.Err())
+			_, err := b.Lock("l", time.Minute)
+			refuses(t, ErrLockHeld, err)
+			return own
+		})
+		refuses(t, own, err)
+		refuses(t, ErrLockNotHeld, l.Unlock())
+		require.NoError(t, mustLock(t, b, "l", time.Minute).Unlock())
+	}},
+	{"hold-starts-fresh", "fn starts with at least two thirds of the lease left", func(t *testing.T, dial func() Store) {
+		s := dial()
+		const ttl = 900 * time.Millisecond
+		for _, used := range []time.Duration{0, ttl / 2, 5 * ttl / 6} {
+			l := mustLock(t, s, "l", ttl)
+			time.Sleep(used)
+			var began time.Time
+			err := Hold(context.Background(), limit(l, 1), ttl, func(ctx context.Context, _ uint64) error {
+				began = time.Now()
+				<-ctx.Done()
+				return nil
+			})
+			refuses(t, ErrLockExpired, err)
+			assert.GreaterOrEqual(t, time.Since(began), ttl*2/3, used)
+
+			// The same of the store's own lock: it is not lost before its first
+			// refresh is due.
+			l = mustLock(t, s, "l", ttl)
+			time.Sleep(used)
+			require.NoError(t, Hold(context.Background(), l, ttl, func(ctx context.Context, _ uint64) error {
+				time.Sleep(ttl / 4)
+				return ctx.Err()
+			}))
+		}
+	}},
+	{"hold-lost-before", "fn is not called if the lock was lost before", func(t *testing.T, dial func() Store) {
+		s := dial()
+		never := func(context.Context, uint64) error { t.Error("called"); return nil }
+		l := mustLock(t, s, "l", 50*time.Millisecond)
+		time.Sleep(60 * time.Millisecond)
+		refuses(t, ErrLockExpired, Hold(context.Background(), l, 50*time.Millisecond, never))
+		l = mustLock(t, s, "l", time.Minute)
+		require.NoError(t, l.Unlock())
+		refuses(t, ErrLockNotHeld, Hold(context.Background(), struct{ Lock }{l}, time.Minute, never))
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		l = mustLock(t, s, "l", time.Minute)
+		assert.ErrorIs(t, Hold(ctx, l, time.Minute, never), context.Canceled)
+		l = mustLock(t, s, "l", time.Minute) // it was unlocked
+		refuses(t, ErrInvalidTTL, Hold(context.Background(), l, 0, never))
+		l = mustLock(t, s, "l", time.Minute)
+		require.NoError(t, s.Close())
+		refuses(t, ErrClosed, Hold(context.Background(), struct{ Lock }{l}, time.Minute, never))
+		refuses(t, ErrLockNotHeld, l.Unlock())
+	}},
+	{"hold-lost", "when the lease is lost fn's context ends with the cause ErrLockExpired, and fn's own error is kept", func(t *testing.T, dial func() Store) {
+		s := dial()
+		for _, own := range []error{errOutage, fmt.Errorf("half done: %w", context.Canceled)} {
+			l := mustLock(t, s, "l", 300*time.Millisecond)
+			err := Hold(context.Background(), limit(l, 1), 300*time.Millisecond, func(ctx context.Context, _ uint64) error {
+				<-ctx.Done()
+				refuses(t, ErrLockExpired, context.Cause(ctx))
+				return own
+			})
+			assert.ErrorIs(t, err, ErrLockExpired)
+			assert.ErrorIs(t, err, own)
+		}
+		for _, own := range []error{nil, context.Canceled, ErrLockExpired} { // they say nothing more
+			l := mustLock(t, s, "l", 300*time.Millisecond)
+			err := Hold(context.Background(), limit(l, 1), 300*time.Millisecond, func(ctx context.Context, _ uint64) error {
+				<-ctx.Done()
+				return own
+			})
+			refuses(t, ErrLockExpired, err)
+		}
+	}},
+	{"hold-panics", "Hold unlocks when fn panics", func(t *testing.T, dial func() Store) {
+		s := dial()
+		l := mustLock(t, s, "l", time.Minute)
+		assert.PanicsWithValue(t, "oops", func() {
+			_ = Hold(context.Background(), l, time.Minute, func(context.Context, uint64) error { panic("oops") })
+		})
+		require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
+	}},
+	{"hold-nested", "an inner lock is not lost because the outer one is", func(t *testing.T, dial func() Store) {
+		s := dial()
+		outer, inner := mustLock(t, s, "outer", 300*time.Millisecond), mustLock(t, s, "inner", time.Minute)
+		own := errors.New("its own")
+		err := Hold(context.Background(), limit(outer, 1), 300*time.Millisecond, func(ctx context.Context, _ uint64) error {
+			require.NoError(t, Hold(ctx, inner, time.Minute, func(ctx context.Context, _ uint64) error {
+				<-ctx.Done()
+				refuses(t, ErrLockExpired, context.Cause(ctx))
+				return nil
+			}))
+			again := mustLock(t, s, "inner", time.Minute)
+			refuses(t, own, Hold(context.WithoutCancel(ctx), again, time.Minute, func(context.Context, uint64) error { return own }))
+			return own
+		})
+		assert.ErrorIs(t, err, ErrLockExpired)
+		assert.ErrorIs(t, err, own)
+	}},
+}
