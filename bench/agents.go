@@ -198,6 +198,9 @@ func (r *run) measureFleet(kind string, agents int, window time.Duration) (found
 	if err != nil {
 		return found, err
 	}
+	if leader.Agents == 0 {
+		return found, errors.New("there is no leader")
+	}
 	if err := f.window(window, &found, sentAlone, receivedAlone, serverCPUAlone, clientCPUAlone); err != nil {
 		return found, err
 	}
@@ -311,9 +314,6 @@ func (f *fleets) await(c Condition) (last Known, err error) {
 			last.At = known.At
 		}
 	})
-	if err == nil && last.Agents == 0 {
-		err = fmt.Errorf("nobody comes to know that %v", c)
-	}
 	if last.Missing > 0 {
 		f.note("%d of %d do not come to know within %v that %v", last.Missing, last.Missing+last.Agents, patience, c)
 	}
