@@ -371,8 +371,9 @@ var acquireCases = []conformanceCase{
 	{"acquire-errors", "when ctx ends Acquire returns the bare ErrLockHeld if somebody held the lock to the last, else an error that wraps the context's", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		l := mustLock(t, a, "l", time.Minute)
+		require.NoError(t, mustLock(t, b, "first", time.Minute).Unlock()) // which opens what holds the locks
 		for name, s := range map[string]Store{"itself": b, "wrapped": meddler{Store: b}} {
-			ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+			ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
 			_, err := Acquire(ctx, s, "l", time.Minute)
 			refuses(t, ErrLockHeld, err, name)
 			_, err = Acquire(ctx, s, "free", time.Minute)
@@ -509,11 +510,11 @@ func limit(l Lock, n int32) limited {
 var holdCases = []conformanceCase{
 	{"hold", "Hold refreshes a lock while fn runs and unlocks it afterwards", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
-		l := mustLock(t, a, "l", 900*time.Millisecond)
+		l := mustLock(t, a, "l", 1500*time.Millisecond)
 		own := errors.New("its own")
-		err := Hold(context.Background(), l, 900*time.Millisecond, func(ctx context.Context, token uint64) error {
+		err := Hold(context.Background(), l, 1500*time.Millisecond, func(ctx context.Context, token uint64) error {
 			assert.Equal(t, l.(Fenced).Token(), token)
-			time.Sleep(1500 * time.Millisecond)
+			time.Sleep(2500 * time.Millisecond) // longer than the lease
 			assert.NoError(t, ctx.Err())
 			_, err := b.Lock("l", time.Minute)
 			refuses(t, ErrLockHeld, err)
@@ -525,8 +526,8 @@ var holdCases = []conformanceCase{
 	}},
 	{"hold-starts-fresh", "fn starts with at least two thirds of the lease left", func(t *testing.T, dial func() Store) {
 		s := dial()
-		const ttl = 900 * time.Millisecond
-		for _, used := range []time.Duration{0, ttl / 2, 5 * ttl / 6} {
+		const ttl = 1200 * time.Millisecond
+		for _, used := range []time.Duration{0, 2 * ttl / 3} {
 			l := mustLock(t, s, "l", ttl)
 			time.Sleep(used)
 			var began time.Time
@@ -536,6 +537,7 @@ var holdCases = []conformanceCase{
 				return nil
 			})
 			refuses(t, ErrLockExpired, err)
+			require.NotZero(t, began, "fn was called")
 			assert.GreaterOrEqual(t, time.Since(began), ttl*2/3, used)
 
 			// The same of the store's own lock: it is not lost before its first

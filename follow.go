@@ -90,6 +90,7 @@ type source struct {
 	current []*KeyValue
 	begun   time.Time     // what was acknowledged before is in current
 	asOf    uint64        // the newest revision in current
+	listed  bool          // again since then
 	sub     *subscription // of a store that is a follower; else
 	events  <-chan *KeyValue
 	ask     func()
@@ -187,7 +188,9 @@ func (f *following) read(ctx context.Context, src *source) {
 			if !ok {
 				return
 			}
-			f.change(src, ev)
+			if !f.confirm(ctx, src, ev) {
+				return
+			}
 		case <-tick:
 			f.ask(ctx, src)
 		case <-f.asked:
@@ -234,7 +237,28 @@ func (f *following) ask(ctx context.Context, src *source) {
 	for _, kv := range current {
 		src.asOf = max(src.asOf, kv.Revision)
 	}
+	src.listed = true
 	f.sink.advance(progress{src.asOf, begun})
+}
+
+// confirm is change for an event of a store that is no follower. If the source
+// was listed again since it began, a put of a key that does not exist may be
+// older than the listing, and its deletion still be under way: then the store
+// is asked. It reports whether the source is still good.
+func (f *following) confirm(ctx context.Context, src *source, ev *KeyValue) bool {
+	if _, exists := f.sink.revision(ev.Key); src.listed && ev.Operation == OpPut && !exists {
+		kv, err := f.store.WithContext(ctx).GetKeyValue(ev.Key)
+		switch {
+		case err == ErrNotFound:
+			return true
+		case err != nil:
+			return false
+		case kv.Revision > ev.Revision:
+			ev = kv
+		}
+	}
+	f.change(src, ev)
+	return true
 }
 
 // change passes an event on, unless it is older than what is known. An expiry

@@ -13,15 +13,17 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestMemoryStoreConformance(t *testing.T) {
-	testConformance(t, backend{
+func TestMemoryStoreConformance(t *testing.T) { testConformance(t, memoryBackend()) }
+
+func memoryBackend() backend {
+	return backend{
 		run: func(t *testing.T, f func(*testing.T)) { synctest.Test(t, f) },
 		open: func(t *testing.T) func() Store {
 			s := NewMemoryStore()
 			t.Cleanup(func() { _ = s.Close() })
 			return func() Store { return s.Client() }
 		},
-	})
+	}
 }
 
 // TestHoldEndsWithTheLease: if the lease is not refreshed, fn's context ends with
@@ -140,7 +142,7 @@ func TestMemoryStoreClients(t *testing.T) {
 func TestMemoryStoreGetSeesRefreshedKeys(t *testing.T) {
 	s := NewMemoryStore()
 	defer s.Close()
-	const ttl = 200 * time.Microsecond
+	const ttl = time.Millisecond
 	// A write that finds the key expired begins a gap, the next one ends it: their
 	// number is odd in a gap.
 	var writes, gaps atomic.Int64
@@ -163,7 +165,7 @@ func TestMemoryStoreGetSeesRefreshedKeys(t *testing.T) {
 		}
 	})
 	var missed, wrong atomic.Int64
-	for range 4 {
+	for range 16 {
 		wg.Go(func() {
 			for {
 				select {

@@ -21,22 +21,35 @@ const locksSuffix = "-locks"
 // lock is granted: an operator may have made it unfit for locks.
 const lockSettingsLife = time.Minute
 
-// A lockBucket holds the records of locks, in a bucket of their own beside the
-// data: a name space of its own, whose traffic no watch sees, and in which any
-// KV tool shows who holds what.
+// natsLocks are the locks of a store. Their records are kept in a bucket of
+// their own beside the data: a name space of its own, whose traffic no watch
+// sees, and in which any KV tool shows who holds what.
 //
 // A record is only ever written on top of the one that its writer knows. A
 // lease is a value with the lease's TTL, a released lock is a marker, so that
 // nothing is ever removed by sequence: on several replicas that can succeed
 // beside a conditional write of the same sequence.
-type lockBucket struct {
+type natsLocks struct {
+	conn  connection
+	data  *bucket
+	owner string // named in the records
+	deaf  bool   // some releases are not heard
+	waits lockWaits
+
 	mu     sync.Mutex // guards bucket
 	bucket *bucket    // nil until the first Lock
 }
 
+func newNATSLocks(conn connection, data *bucket, owner string) *natsLocks {
+	if owner == "" {
+		owner = processName()
+	}
+	return &natsLocks{conn: conn, data: data, owner: owner, deaf: conn.nc.Opts.NoEcho || conn.apiPrefix != ""}
+}
+
 // open returns the bucket, which the first Lock creates with the replicas of the
 // data's. It is always on disk.
-func (l *lockBucket) open(t *retryBudget, data *bucket) (*bucket, error) {
+func (l *natsLocks) open(t *retryBudget) (*bucket, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if b := l.bucket; b != nil {
@@ -46,8 +59,8 @@ func (l *lockBucket) open(t *retryBudget, data *bucket) (*bucket, error) {
 		}
 		return b, b.suitable(&s.streamConfig)
 	}
-	b := newBucket(data.requester, data.name+locksSuffix, bucketWant{
-		replicas: data.settings.Load().Replicas, locks: true,
+	b := newBucket(l.data.requester, l.data.name+locksSuffix, bucketWant{
+		replicas: l.data.settings.Load().Replicas, locks: true,
 	})
 	if err := b.open(t); err != nil {
 		return nil, fmt.Errorf("bucket %q: %w", b.name, err)
@@ -56,8 +69,15 @@ func (l *lockBucket) open(t *retryBudget, data *bucket) (*bucket, error) {
 	return b, nil
 }
 
+// opened returns the bucket if there has been a Lock, else nil.
+func (l *natsLocks) opened() *bucket {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.bucket
+}
+
 // forget has the bucket made anew.
-func (l *lockBucket) forget(b *bucket) {
+func (l *natsLocks) forget(b *bucket) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.bucket == b {
@@ -67,16 +87,16 @@ func (l *lockBucket) forget(b *bucket) {
 
 // A natsLessor is a lessor for the locks that are kept in a bucket.
 type natsLessor struct {
-	s *natsCore
+	s *natsLocks
 	b *bucket
 }
 
 // lock acquires a lock that is free. If it is not, the record of its holder
 // says until when.
-func (s *natsCore) lock(ctx context.Context, key string, ttl time.Duration) (l *lease, holder record, err error) {
+func (s *natsLocks) lock(ctx context.Context, key string, ttl time.Duration) (l *lease, holder record, err error) {
 	t := newBudget(ctx)
 	for again := false; ; again = true {
-		b, err := s.locks.open(t, s.data)
+		b, err := s.open(t)
 		if err != nil {
 			return nil, record{}, err
 		}
@@ -84,11 +104,11 @@ func (s *natsCore) lock(ctx context.Context, key string, ttl time.Duration) (l *
 		if !errors.Is(err, jetstream.ErrBucketNotFound) || again {
 			return l, holder, err
 		}
-		s.locks.forget(b) // somebody has deleted it
+		s.forget(b) // somebody has deleted it
 	}
 }
 
-func (s *natsCore) acquire(ctx context.Context, t *retryBudget, b *bucket, key string, ttl time.Duration) (*lease, record, error) {
+func (s *natsLocks) acquire(ctx context.Context, t *retryBudget, b *bucket, key string, ttl time.Duration) (*lease, record, error) {
 	// A release is worth remembering; whether a lease has lapsed, only the
 	// server knows.
 	base := b.known(key)
@@ -119,7 +139,7 @@ func (s *natsCore) acquire(ctx context.Context, t *retryBudget, b *bucket, key s
 }
 
 // leaseData is the value of a lease's record.
-func (s *natsCore) leaseData(ttl time.Duration, token uint64) []byte {
+func (s *natsLocks) leaseData(ttl time.Duration, token uint64) []byte {
 	return leaseValue{Owner: s.owner, TTL: ttl.String(), Token: padded(token)}.encode()
 }
 
@@ -144,10 +164,8 @@ func (r *record) lockInfo(key string) *LockInfo {
 
 // holder returns the record of a lock that is held, or ErrNotFound. Where there
 // is no bucket, nothing was ever locked.
-func (s *natsCore) holder(t *retryBudget, key string) (record, error) {
-	s.locks.mu.Lock()
-	b := s.locks.bucket
-	s.locks.mu.Unlock()
+func (s *natsLocks) holder(t *retryBudget, key string) (record, error) {
+	b := s.opened()
 	if b == nil {
 		b = newBucket(s.data.requester, s.data.name+locksSuffix, bucketWant{locks: true})
 		if _, err := b.info(t); err != nil {
@@ -213,7 +231,7 @@ func (n natsLessor) extend(ctx context.Context, l *lease) error {
 func (n natsLessor) release(ctx context.Context, l *lease) error {
 	if n.s.data.life.Err() != nil {
 		// The store was closed, and its requester with it.
-		r, err := newRequester(n.s.cfg)
+		r, err := newRequester(n.s.conn)
 		if err != nil {
 			return opError("unlock", l.key, err)
 		}

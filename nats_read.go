@@ -2,7 +2,6 @@ package state
 
 import (
 	"errors"
-	"fmt"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -138,16 +137,4 @@ func (b *bucket) entryOf(t *retryBudget, key string) (record, error) {
 		return record{}, ErrNotFound
 	}
 	return r, nil
-}
-
-// opError adds to an error what was to be done, unless it is a documented one.
-func opError(verb, key string, err error) error {
-	switch err {
-	case nil, ErrNotFound, ErrConflict, ErrValueTooLarge, ErrStoreFull, ErrClosed, ErrLockHeld, ErrLockExpired, ErrLockNotHeld:
-		return err
-	}
-	if errors.Is(err, ErrClosed) && !errors.Is(err, ErrOutcomeUnknown) {
-		return ErrClosed
-	}
-	return fmt.Errorf("state: %s %q: %w", verb, key, err)
 }

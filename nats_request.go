@@ -170,18 +170,25 @@ var exchangePool = sync.Pool{New: func() any {
 	return x
 }}
 
+// A connection is the way to a JetStream API.
+type connection struct {
+	nc                *nats.Conn
+	domain, apiPrefix string // at most one of them
+	log               *slog.Logger
+}
+
 // newRequester subscribes to the answers and follows the connection's state.
-func newRequester(cfg *NATSStoreConfig) (*requester, error) {
+func newRequester(c connection) (*requester, error) {
 	r := &requester{
-		nc: cfg.Conn, api: "$JS.API.", log: cfg.Logger,
-		exchanges: make(map[string]*exchange), epoch: newEpoch(cfg.Conn.Status()),
+		nc: c.nc, api: "$JS.API.", log: c.log,
+		exchanges: make(map[string]*exchange), epoch: newEpoch(c.nc.Status()),
 	}
 	switch {
-	case cfg.Domain != "":
-		r.api = "$JS." + cfg.Domain + ".API."
+	case c.domain != "":
+		r.api = "$JS." + c.domain + ".API."
 		r.route = r.api
-	case cfg.APIPrefix != "":
-		r.api = strings.TrimSuffix(cfg.APIPrefix, ".") + "."
+	case c.apiPrefix != "":
+		r.api = strings.TrimSuffix(c.apiPrefix, ".") + "."
 		r.route = r.api
 	}
 	if r.log == nil {

@@ -478,7 +478,7 @@ func TestWatchEnds(t *testing.T) {
 	t.Run("cut off for too long", func(t *testing.T) {
 		t.Parallel()
 		s, p := viaProxy(t, startServer(t, nil).ClientURL(), "b", 1)
-		s.maxCut = 500 * time.Millisecond // instead of an hour
+		s.feeds.maxCut = 500 * time.Millisecond // instead of an hour
 		events := mustWatch(t, s, "*")
 		time.Sleep(1200 * time.Millisecond) // idle is not cut off
 		deliversNext(t, s, events, "k")

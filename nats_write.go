@@ -2,12 +2,9 @@ package state
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -424,58 +421,4 @@ func ackedSeq(ack []byte) (seq uint64, ok bool) {
 		}
 	}
 	return 0, false
-}
-
-// A probe asks the leader for the last sequence of a key, by a write that cannot
-// be stored: the refusal names the sequence, or says that a write to the key is
-// under way, which no read shows. It costs the leader a look at its index.
-func (b *bucket) probe(key string) *nats.Msg {
-	return &nats.Msg{Subject: b.route + b.prefix + ":probe", Header: nats.Header{
-		headerExpected:        {"9223372036854775807"},
-		headerExpectedSubject: {b.prefix + key},
-	}}
-}
-
-// probed reads the answer to a probe. It reports whether the sequence is known.
-func probed(msg *nats.Msg) (last uint64, ok bool) {
-	err := decodeAnswer(msg.Data, nil)
-	var api *jetstream.APIError
-	if !errors.As(err, &api) || api.ErrorCode != codeWrongSequence {
-		return 0, false
-	}
-	_, text, _ := strings.Cut(api.Description, ": ")
-	last, err = strconv.ParseUint(text, 10, 64)
-	return last, err == nil
-}
-
-// probeAll asks the leader for the last sequences of many keys at a time.
-func (b *bucket) probeAll(t *retryBudget, findings []finding) {
-	const window = 256
-	for part := range slices.Chunk(findings, window) {
-		e, err := b.connected(t)
-		if err != nil {
-			return
-		}
-		exchanges := make([]*exchange, len(part))
-		for i := range part {
-			exchanges[i] = b.expect()
-			msg := b.probe(part[i].t.key)
-			msg.Reply = exchanges[i].reply
-			_ = b.publish(msg)
-		}
-		ctx, cancel := context.WithTimeout(b.life, 2*ackTimeout)
-		for i, x := range exchanges {
-			select {
-			case answer := <-x.answer:
-				part[i].last, part[i].known = probed(answer)
-				t.progress()
-			case <-e.over:
-			case <-ctx.Done():
-			}
-		}
-		cancel()
-		for _, x := range exchanges {
-			b.forget(x)
-		}
-	}
 }
