@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"math/rand/v2"
 	"net/rpc"
 	"os"
@@ -82,17 +83,13 @@ func agentsGroup(r *run) error {
 	}
 	kinds := []string{us, kvGo}
 	for _, agents := range sizes {
-		samples := make([][metrics][]float64, len(kinds))
-		for range rounds {
-			for _, i := range rand.Perm(len(kinds)) {
-				found, err := r.measureFleet(kinds[i], agents, window)
-				if err != nil {
-					return fmt.Errorf("%d agents, %s: %w", agents, kinds[i], err)
-				}
-				for m, x := range found {
-					samples[i][m] = append(samples[i][m], x)
-				}
-			}
+		samples, err := r.measureFleets(kinds, agents, rounds, window)
+		if err != nil {
+			// What one size asks of the machine may be too much for it.
+			reason, _, _ := strings.Cut(err.Error(), "\n")
+			r.note("%s agents were not measured: %s.", count(agents), reason)
+			log.Printf("%d agents: %v", agents, reason)
+			continue
 		}
 		p := point{agents: agents}
 		for m := range metrics {
@@ -107,6 +104,9 @@ func agentsGroup(r *run) error {
 		r.points = append(r.points, p)
 		fmt.Fprintf(os.Stderr, "  %d agents: server CPU %s and %s\n", agents, duration(p.our[serverCPU]), duration(p.their[serverCPU]))
 	}
+	if len(r.points) == 0 {
+		return errors.New("no number of agents was measured")
+	}
 	first, last := r.points[0], r.points[len(r.points)-1]
 	flat := compare(fmt.Sprintf("server CPU per agent, not watching, of %s", count(last.agents)), us,
 		fmt.Sprintf("ours, of %d", first.agents), last.our[serverCPUAlone:serverCPUAlone+1], first.our[serverCPUAlone:serverCPUAlone+1])
@@ -118,6 +118,24 @@ func agentsGroup(r *run) error {
 	r.table(r.byAgents("Memory per agent, and times, ours / nats.go KV",
 		serverMemory, clientMemory, changeKnown, deathKnown, leaderKnown))
 	return nil
+}
+
+// measureFleets measures fleets of all kinds, in turn. It returns the samples by
+// kind and metric.
+func (r *run) measureFleets(kinds []string, agents, rounds int, window time.Duration) ([][metrics][]float64, error) {
+	samples := make([][metrics][]float64, len(kinds))
+	for range rounds {
+		for _, i := range rand.Perm(len(kinds)) {
+			found, err := r.measureFleet(kinds[i], agents, window)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", kinds[i], err)
+			}
+			for m, x := range found {
+				samples[i][m] = append(samples[i][m], x)
+			}
+		}
+	}
+	return samples, nil
 }
 
 // byAgents makes a table of some metrics.

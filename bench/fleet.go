@@ -10,6 +10,7 @@ import (
 	"net/rpc"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"example.com/state"
@@ -235,7 +236,8 @@ type agent struct {
 
 	beating  sync.Mutex // held during a heartbeat
 	lastBeat time.Time  // guarded by beating; when the last acknowledged one was sent
-	lapses   int        // guarded by beating; how often one was acknowledged too late
+
+	lapses atomic.Int64 // how often a heartbeat was acknowledged too late
 
 	mu       sync.Mutex // guards what follows
 	watching bool       // follows the others
@@ -314,7 +316,7 @@ func (a *agent) beat() error {
 		return err
 	}
 	if !a.lastBeat.IsZero() && time.Since(a.lastBeat) > heartbeatTTL {
-		a.lapses++
+		a.lapses.Add(1)
 	}
 	a.lastBeat = sent
 	return nil
@@ -493,9 +495,7 @@ func (f *Fleet) Usage(memoryToo bool, answer *FleetUsage) error {
 		a.mu.Lock()
 		answer.Deaths += len(a.dead)
 		a.mu.Unlock()
-		a.beating.Lock()
-		answer.Lapses += a.lapses
-		a.beating.Unlock()
+		answer.Lapses += int(a.lapses.Load())
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
