@@ -227,7 +227,10 @@ func notFoundIfGone(err error) error {
 func (n natsLessor) write(t *retryBudget, l *lease, m mutation) (record, error) {
 	l.writes++
 	m.key, m.op = l.key, fmt.Sprintf("%s.%d", l.owner, l.writes)
-	base := record{entry: entry{revision: l.revision}}
+	base := record{
+		entry:    entry{revision: l.revision},
+		deadline: n.b.clock.now().deadline(time.Until(l.validUntil())),
+	}
 	if l.unsure {
 		var err error
 		if base, err = n.b.leaderLast(t, l.key); err != nil {

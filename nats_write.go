@@ -327,7 +327,7 @@ var errLeaving = errors.New("the server is about to remove the key's last value,
 // encode makes the message for a mutation, within the bucket's limit.
 func (b *bucket) encode(m mutation, base record, pre precondition) (*nats.Msg, record, error) {
 	s := b.settings.Load()
-	e := encoder{rollup: s.rollup(), markers: s.MarkerTTL > 0, grace: expiryGrace, fixed: b.want.locks}
+	e := encoder{rollup: s.rollup(), history: s.PerKey != 1, markers: s.MarkerTTL > 0, grace: expiryGrace, fixed: b.want.locks}
 	if b.want.locks {
 		e.grace = 0 // nobody watches them
 	}
