@@ -102,7 +102,7 @@ func (s *natsCore) awaitLock(ctx context.Context, key string, ttl time.Duration)
 		case ctx.Err() != nil && held:
 			return nil, ErrLockHeld
 		default:
-			return nil, opError("lock", key, err)
+			return nil, s.wrote("lock", key, err)
 		}
 		held = true
 		trip := time.Since(asked)

@@ -428,9 +428,8 @@ func (f *feed) attached(a attachment, err error) {
 // notAttached decides what to do after an attempt to attach has failed.
 func (f *feed) notAttached(err error) {
 	if f.created.IsZero() {
-		f.err = err
+		f.err, f.over = err, true // it never began
 		close(f.ready)
-		f.endBecause(err)
 		return
 	}
 	now := time.Now()
