@@ -335,7 +335,7 @@ func (s *NATSStore) beginDelete(verb, key string) (context.Context, mutation, er
 }
 
 // wrote returns the error of a write, and reports one of unknown outcome.
-func (s *NATSStore) wrote(verb, key string, err error) error {
+func (s *natsCore) wrote(verb, key string, err error) error {
 	if errors.Is(err, ErrOutcomeUnknown) {
 		s.data.stats.unknown.Add(1)
 		s.data.log.Warn("state: the outcome of a write is unknown", "operation", verb, "key", key, "error", err)
@@ -456,7 +456,7 @@ func (s *NATSStore) Lock(key string, ttl time.Duration) (Lock, error) {
 	}
 	l, _, err := s.locks.lock(ctx, key, ttl)
 	if err != nil {
-		return nil, opError("lock", key, err)
+		return nil, s.wrote("lock", key, err)
 	}
 	return l.handOver()
 }

@@ -116,12 +116,15 @@ func (b *bucket) update(t *retryBudget, m mutation, revision uint64) (record, er
 		}
 		b.cache.learn(m.key, base)
 	}
-	for {
+	for tries := 0; ; tries++ {
 		current := base.revision
 		if current != 0 && !b.exists(t, &base) {
 			current = 0
 		}
 		if current != revision {
+			if tries == 0 {
+				b.stats.conflicts.Add(1)
+			}
 			return record{}, ErrConflict
 		}
 		r, err := b.commit(t, m, base, ifUnchanged)
@@ -222,7 +225,7 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 			if !t.wait(b.life) {
 				return record{}, unknownIf(inDoubt, err)
 			}
-			b.stats.retries.Add(1)
+			b.retrying(t, msg.Subject)
 			continue
 
 		case unfit:
@@ -273,7 +276,7 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 				}
 				return record{}, unknownIf(inDoubt, err)
 			}
-			b.stats.retries.Add(1)
+			b.retrying(t, msg.Subject)
 		}
 	}
 }
