@@ -485,6 +485,7 @@ type waiter struct {
 	first time.Time // when the request was sent
 	sent  time.Time // and when the last time
 	in    uint64    // messages that had come in by the last check
+	seen  bool      // in is known
 }
 
 type verdict int
@@ -500,8 +501,8 @@ const (
 func (w *waiter) check(rep repetition) verdict {
 	now := time.Now()
 	in := w.r.nc.Stats().InMsgs
-	moving := in != w.in
-	w.in = in
+	moving := w.seen && in != w.in
+	w.in, w.seen = in, true
 	w.retried(now)
 	if w.r.heardSince(w.sent) {
 		// It is not on its way; it is late, or lost.
@@ -518,7 +519,8 @@ func (w *waiter) check(rep repetition) verdict {
 		}
 	} else if moving {
 		w.t.progress()
-		w.t.begun = now // the link is slow, nobody else is in the way
+		// The link is slow, nobody else is in the way: this time does not count.
+		w.t.begun = w.t.begun.Add(checkInterval)
 	}
 	if w.t.left() <= 0 {
 		return giveUp

@@ -2,7 +2,6 @@ package state
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -133,6 +132,49 @@ func TestPutsInTurn(t *testing.T) {
 	assert.Equal(t, 1, spent(s, func() { require.NoError(t, s.Put("k", nil, 0)) }))
 }
 
+// serveWithoutSecrets runs a server on which the user "u" must not write keys
+// that end with ".secret".
+func serveWithoutSecrets(t *testing.T) (url string, admin, user nats.Option) {
+	t.Helper()
+	srv := startServer(t, func(o *server.Options) {
+		o.Users = []*server.User{
+			{Username: "admin", Password: "p"},
+			{Username: "u", Password: "p", Permissions: &server.Permissions{
+				Publish: &server.SubjectPermission{Allow: []string{">"}, Deny: []string{"$KV.*.*.secret"}},
+			}},
+		}
+	})
+	return srv.ClientURL(), nats.UserInfo("admin", "p"), nats.UserInfo("u", "p")
+}
+
+// TestPutWithoutPermissionEnds: the server refuses the message apart from the
+// request, so the Put waits for an answer. It ends, and says why.
+func TestPutWithoutPermissionEnds(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a write that waits for its answer in vain")
+	}
+	t.Parallel()
+	url, admin, user := serveWithoutSecrets(t)
+	openStore(t, NATSStoreConfig{Conn: connect(t, url, admin), Bucket: "b"})
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, url, user), Bucket: "b"})
+	for _, events := range []string{"none", "many"} {
+		if events == "many" { // what else arrives does not mean that the answer will
+			traffic{prefix: "busy.", keys: 1, perSecond: 100}.start(t, connect(t, url, admin), "b")
+			observe(mustWatch(t, s, "busy.*"))
+		}
+		done := make(chan error, 1)
+		go func() { done <- s.Put("config.secret", []byte("v"), 0) }()
+		select {
+		case err := <-done:
+			require.ErrorIs(t, err, nats.ErrPermissionViolation, events)
+		case <-time.After(opLimit + opTimeout):
+			require.FailNow(t, "the Put does not end", events)
+		}
+		_, err := s.Get("config.secret")
+		refuses(t, ErrNotFound, err)
+	}
+}
+
 // TestLostAnswerAfterPermissionError: what the connection reported last is an
 // earlier refusal whose text contains the subject. It does not make a write
 // refused whose answer is lost.
@@ -141,59 +183,48 @@ func TestLostAnswerAfterPermissionError(t *testing.T) {
 		t.Skip("writes that wait for their answers in vain")
 	}
 	t.Parallel()
-	srv := startServer(t, func(o *server.Options) {
-		o.Users = []*server.User{
-			{Username: "u", Password: "p", Permissions: &server.Permissions{
-				Publish: &server.SubjectPermission{Allow: []string{">"}, Deny: []string{"$KV.*.config.secret"}},
-			}},
-			{Username: "all", Password: "p"},
-		}
-	})
-	admin := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL(), nats.UserInfo("all", "p")), Bucket: "b"})
+	url, adminUser, user := serveWithoutSecrets(t)
+	admin := openStore(t, NATSStoreConfig{Conn: connect(t, url, adminUser), Bucket: "b"})
 	for _, c := range []struct {
-		name     string
-		prepare  func(*testing.T, *NATSStore)
-		resolved bool // the connection returns in time
+		key      string
+		existed  bool
+		resolved bool // the answers arrive in time
 	}{
-		{"new key", func(*testing.T, *NATSStore) {}, false},
-		{"new key, resolved", func(*testing.T, *NATSStore) {}, true},
-		{"own key", func(t *testing.T, s *NATSStore) { require.NoError(t, s.Put("config", nil, 0)) }, false},
-		{"own key, resolved", func(t *testing.T, s *NATSStore) { require.NoError(t, s.Put("config", nil, 0)) }, true},
-		{"contested key", func(t *testing.T, s *NATSStore) { s.data.cache.contest("config", true) }, true},
+		{"new", false, false},
+		{"new-resolved", false, true},
+		{"existing", true, false},
+		{"existing-resolved", true, true},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			require.NoError(t, admin.Delete("config"))
-			nc, p := connectAt(t, srv.ClientURL(), distance{}, nats.UserInfo("u", "p"))
+		t.Run(c.key, func(t *testing.T) {
+			t.Parallel()
+			nc, p := connectAt(t, url, distance{}, user)
 			s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
-			c.prepare(t, s)
-			err := s.Put("config.secret", []byte("v"), 0)
-			require.Error(t, err)
-			require.NotContains(t, err.Error(), "connection closed")
-			eventually(t, func() bool { return errors.Is(nc.LastError(), nats.ErrPermissionViolation) }, "the refusal")
-			require.ErrorContains(t, nc.LastError(), "$KV.b.config")
+			if c.existed {
+				require.NoError(t, s.Put(c.key, []byte("before"), 0))
+			}
+			require.NoError(t, nc.Publish("$KV.b."+c.key+".secret", nil))
+			require.NoError(t, nc.Flush())
+			require.ErrorIs(t, nc.LastError(), nats.ErrPermissionViolation)
+			require.ErrorContains(t, nc.LastError(), "$KV.b."+c.key)
 
 			p.holdAnswers(true)
 			done := make(chan error, 1)
-			go func() { done <- s.Put("config", []byte(c.name), 0) }()
+			go func() { done <- s.Put(c.key, []byte("ours"), 0) }()
 			eventually(t, func() bool {
-				value, err := admin.Get("config")
-				return err == nil && string(value) == c.name || c.name == "contested key"
+				value, err := admin.Get(c.key)
+				return err == nil && string(value) == "ours"
 			}, "the value is stored")
 			if c.resolved {
-				if c.name == "contested key" {
-					time.Sleep(300 * time.Millisecond) // it reads first, and this is held back, too
-				}
+				p.cut() // the answer is lost
 				p.holdAnswers(false)
 			}
-			err = <-done
-			p.holdAnswers(false)
+			err := <-done
 			if c.resolved {
 				require.NoError(t, err)
 			} else {
 				require.ErrorIs(t, err, ErrOutcomeUnknown)
-				require.NotErrorIs(t, err, nats.ErrPermissionViolation)
 			}
-			assert.Equal(t, c.name, string(mustGet(t, admin, "config").Value))
+			assert.Equal(t, "ours", string(mustGet(t, admin, c.key).Value))
 		})
 	}
 }
