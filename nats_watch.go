@@ -72,7 +72,7 @@ type feed struct {
 	heard     time.Time // when something came last
 	heardAt   timestamp // the same by the server's clock, which no pause of ours stops
 	cursor    uint64    // the last sequence that was dealt with
-	created   time.Time // the stream's, which tells it from another of its name
+	created   time.Time // the stream's, which tells it from another of its name; stays what it is once the feed is ready
 	openedAt  timestamp // by the server's clock
 	expecting bool      // the first listing comes from a Follow
 
@@ -166,6 +166,7 @@ func (s *natsCore) join(ctx context.Context, p pattern, listing bool) (*feed, *n
 		}
 		s.leave(f, w)
 		if err == errFeedEnded && !isNew {
+			s.drop(f)
 			continue // it was about to end when we came
 		}
 		return nil, nil, err
@@ -237,6 +238,9 @@ func (f *feed) begin(ctx context.Context, w *natsWatch) error {
 	info, err := f.b.info(newBudget(ctx))
 	if err != nil {
 		return err
+	}
+	if !info.Created.Equal(f.created) {
+		return errFeedEnded // the bucket was made anew, which the feed will notice
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
