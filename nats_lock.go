@@ -260,7 +260,7 @@ func (n natsLessor) extend(ctx context.Context, l *lease) error {
 		return nil
 	}
 	l.unsure = true
-	return n.s.wrote("refresh", l.key, err)
+	return n.b.wrote("refresh", l.key, err)
 }
 
 func (n natsLessor) release(ctx context.Context, l *lease) error {
@@ -282,5 +282,5 @@ func (n natsLessor) release(ctx context.Context, l *lease) error {
 		return ErrLockNotHeld
 	}
 	l.unsure = true
-	return n.s.wrote("unlock", l.key, err)
+	return n.b.wrote("unlock", l.key, err)
 }

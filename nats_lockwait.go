@@ -128,7 +128,7 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 		case ctx.Err() != nil && held:
 			return nil, ErrLockHeld
 		default:
-			return nil, s.wrote("lock", key, err)
+			return nil, s.data.wrote("lock", key, err)
 		}
 		if err := s.sleep(ctx, q, holder, time.Since(asked)); err != nil {
 			return nil, err

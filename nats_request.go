@@ -502,6 +502,7 @@ type waiter struct {
 	sent    time.Time // and when the last time
 	heard   time.Time // since when the answer is known not to be on its way
 	in      uint64    // messages that had come in by the last check
+	seen    bool      // in is known
 }
 
 type verdict int
@@ -517,8 +518,8 @@ const (
 func (w *waiter) check(rep repetition) verdict {
 	now := time.Now()
 	in := w.r.nc.Stats().InMsgs
-	moving := in != w.in
-	w.in = in
+	moving := w.seen && in != w.in
+	w.in, w.seen = in, true
 	w.r.slow(w.t, w.first, "state: a request is not answered", w.subject)
 	if w.r.heardSince(w.sent) {
 		// It is not on its way; it is late, or lost.
@@ -538,7 +539,8 @@ func (w *waiter) check(rep repetition) verdict {
 		}
 	} else if moving {
 		w.t.progress()
-		w.t.begun = now // the link is slow, nobody else is in the way
+		// The link is slow, nobody else is in the way: this time does not count.
+		w.t.begun = w.t.begun.Add(checkInterval)
 	}
 	if w.t.left() <= 0 {
 		return giveUp

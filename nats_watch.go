@@ -73,7 +73,7 @@ type feed struct {
 	heardAt   timestamp // the same by the server's clock, which no pause of ours stops
 	cursor    uint64    // the last sequence that was dealt with
 	pending   uint64    // how many messages there were behind it
-	created   time.Time // the stream's, which distinguishes it from another of its name
+	created   time.Time // the stream's, which distinguishes it from another of its name; never changed once the feed is ready
 	openedAt  timestamp // by the server's clock
 	expecting bool      // the first listing comes from a Follow
 
@@ -174,6 +174,7 @@ func (s *feeds) join(ctx context.Context, p pattern, listing bool) (*feed, *nats
 		}
 		s.leave(f, w)
 		if err == errFeedEnded && !isNew {
+			s.drop(f)
 			continue // it was about to end when we came
 		}
 		return nil, nil, err
@@ -245,6 +246,9 @@ func (f *feed) begin(ctx context.Context, w *natsWatch) error {
 	info, err := f.b.info(newBudget(ctx))
 	if err != nil {
 		return err
+	}
+	if !info.Created.Equal(f.created) {
+		return errFeedEnded // the bucket was made anew, which the feed will notice
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()

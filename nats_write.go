@@ -343,6 +343,15 @@ func (b *bucket) encode(m mutation, base record, pre precondition) (*nats.Msg, r
 	return &nats.Msg{Subject: b.route + b.prefix + m.key, Header: hdr.Header, Data: m.value}, next, nil
 }
 
+// wrote returns the error of a write, and reports one of unknown outcome.
+func (b *bucket) wrote(verb, key string, err error) error {
+	if errors.Is(err, ErrOutcomeUnknown) {
+		b.stats.unknown.Add(1)
+		b.log.Warn("state: the outcome of a write is unknown", "operation", verb, "key", key, "error", err)
+	}
+	return opError(verb, key, err)
+}
+
 // send has the server store a message, and returns its sequence.
 func (b *bucket) send(t *retryBudget, msg *nats.Msg, pre precondition) (seq uint64, o outcome, err error) {
 	rep := resolvable
