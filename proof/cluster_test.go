@@ -308,21 +308,21 @@ func (c *cluster) connect() (*client, error) {
 	return cl, nil
 }
 
-// open returns a new store on a connection of its own.
-func (c *cluster) open(bucket string) (state.StateStore, error) {
+// open returns a new store on a connection of its own, and what opens further
+// ones on it.
+func (c *cluster) open(bucket string) (s state.Store, again func() (state.Store, error), err error) {
 	cl, err := c.connect()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
-		s, err := state.NewNATSStore(state.NATSStoreConfig{Conn: cl.nc, Bucket: bucket, Replicas: len(c.nodes)})
-		if err == nil {
-			return s, nil
-		}
-		if time.Now().After(end) {
-			return nil, err
-		}
+	again = func() (state.Store, error) {
+		return state.NewNATSStore(state.NATSStoreConfig{Conn: cl.nc, Bucket: bucket, Replicas: len(c.nodes)})
 	}
+	err = eventually(20*time.Second, func() error {
+		s, err = again()
+		return err
+	})
+	return s, again, err
 }
 
 // leader returns the number of the stream's leader, -1 if there is none.

@@ -196,7 +196,7 @@ type result struct {
 	ops, refused, unknown int
 	histories, undecided  int
 	cycles, ttls, events  int64
-	listings, estimates   int64
+	listings, caches, cut int64
 	faults                int
 	stale                 []staleRead
 	broken                []string
@@ -212,7 +212,8 @@ func (r *result) add(x result) {
 	r.ttls += x.ttls
 	r.events += x.events
 	r.listings += x.listings
-	r.estimates += x.estimates
+	r.caches += x.caches
+	r.cut += x.cut
 	r.faults += x.faults
 	r.stale = append(r.stale, x.stale...)
 	r.broken = append(r.broken, x.broken...)
@@ -223,8 +224,8 @@ func (r result) String() string {
 	for _, s := range r.stale {
 		latest = max(latest, s.after)
 	}
-	text := fmt.Sprintf("%d operations (%d failed cleanly, %d of unknown outcome), %d histories checked (%d undecided), %d lock cycles, %d expiries, %d listings, %d events (%d told of when they were written by an estimate), %d faults, %d broken rules",
-		r.ops, r.refused, r.unknown, r.histories, r.undecided, r.cycles, r.ttls, r.listings, r.events, r.estimates, r.faults, len(r.broken))
+	text := fmt.Sprintf("%d operations (%d failed cleanly, %d of unknown outcome), %d histories checked (%d undecided), %d lock cycles, %d expiries, %d listings, %d events, %d reads of a cache, %d calls cut short, %d faults, %d broken rules",
+		r.ops, r.refused, r.unknown, r.histories, r.undecided, r.cycles, r.ttls, r.listings, r.events, r.caches, r.cut, r.faults, len(r.broken))
 	if len(r.stale) > 0 {
 		text += fmt.Sprintf(", %d stale reads through a leader cut off, the last %.1f s after the cut", len(r.stale), latest.Seconds())
 	}
@@ -239,14 +240,16 @@ func (sc scenario) run(t *testing.T, d time.Duration) (r result) {
 	if sc.servers == 0 {
 		s := state.NewMemoryStore()
 		defer s.Close()
-		l = newLoad(func() (state.StateStore, error) { return shared{s}, nil })
+		again := func() (state.Store, error) { return s.Client(), nil }
+		l = newLoad(func() (state.Store, func() (state.Store, error), error) { return s.Client(), again, nil })
 		l.pace = 100 * time.Microsecond
 		l.epoch = 100 * time.Millisecond
 	} else {
 		c := startCluster(t, sc.servers, sc.processes)
-		l = newLoad(func() (state.StateStore, error) { return c.open("proof") })
+		l = newLoad(func() (state.Store, func() (state.Store, error), error) { return c.open("proof") })
 		f = &trouble{cluster: c, load: l, streams: []string{"KV_proof", "KV_proof-locks"}}
 	}
+	l.quiet = sc.fault == nil
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	var wg sync.WaitGroup
@@ -281,7 +284,7 @@ func (sc scenario) run(t *testing.T, d time.Duration) (r result) {
 			r.broken = append(r.broken, w.text)
 		}
 	}
-	r.listings, r.estimates = l.listings.Load(), l.estimates.Load()
+	r.listings, r.caches, r.cut = l.listings.Load(), l.cacheReads.Load(), l.cutShort.Load()
 	r.ops, r.refused, r.unknown = l.done, l.refused, l.unknown
 	r.cycles, r.ttls, r.events = l.lockCycles.Load(), l.ttlChecks.Load(), l.events.Load()
 	t.Logf("%s: %v", sc.name, r)
@@ -316,12 +319,6 @@ func (l *load) explain(t *testing.T, broken []string, f *trouble) {
 		}
 	}
 }
-
-// shared is a MemoryStore that several clients share: only the last Close is
-// meant.
-type shared struct{ *state.MemoryStore }
-
-func (shared) Close() error { return nil }
 
 var scenarios = []scenario{
 	{name: "memory"},

@@ -46,7 +46,7 @@ func scenarioNamed(name string) scenario {
 func TestIsolatedLeader(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t, 3, false)
-	dial := func() (state.StateStore, *client) {
+	dial := func() (state.Store, *client) {
 		cl, err := c.connect()
 		if err != nil {
 			t.Fatal(err)
