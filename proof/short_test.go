@@ -12,6 +12,7 @@ import (
 // of them, for as long as one likes.
 func TestHistories(t *testing.T) {
 	for _, name := range []string{"memory", "one-server", "one-server-restarts", "one-server-kills", "one-server-clients-frozen",
+		"one-server-far-traffic", "one-server-narrow", "one-server-connections", "one-server-operators",
 		"three-servers-step-downs", "three-servers-isolated-cut", "three-servers-kills"} {
 		sc := scenarioNamed(name)
 		t.Run(sc.name, func(t *testing.T) {
