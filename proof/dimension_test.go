@@ -259,9 +259,12 @@ func operate(changes ...func(*trouble) error) func(context.Context, *trouble) {
 
 // api makes a request of the JetStream API.
 func (f *trouble) api(subject string, req, answer any) error {
-	data, err := json.Marshal(req)
-	if err != nil {
-		return err
+	var data []byte
+	if req != nil {
+		var err error
+		if data, err = json.Marshal(req); err != nil {
+			return err
+		}
 	}
 	msg, err := f.admin.Request("$JS.API."+subject, data, 5*time.Second)
 	if err != nil {
