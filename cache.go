@@ -13,7 +13,7 @@ import (
 // by what [Follow] does, for programs that read far more often than others
 // write. Its reads make no request, and do not block each other.
 //
-// A read returns what the store held a moment ago: as a rule less than a
+// A read returns what the store held a moment ago: usually less than a
 // millisecond on a local network, longer while the connection is cut. AsOf says
 // how long, and Wait waits until the cache has a change that the caller knows
 // of. An entry is in the cache until its expiry has been delivered.
@@ -65,11 +65,11 @@ func NewCache(ctx context.Context, store Store, pattern string) (*Cache, error) 
 // A cacheSink is a Cache as the goroutine sees it that keeps it up to date.
 type cacheSink Cache
 
-func (c *cacheSink) revision(key string) (uint64, bool) {
+func (c *cacheSink) version(key string) (version, bool) {
 	if kv, ok := c.entries.Load(key); ok {
-		return kv.(*KeyValue).Revision, true
+		return versionOf(kv.(*KeyValue)), true
 	}
-	return 0, false
+	return version{}, false
 }
 
 func (c *cacheSink) each(f func(kv *KeyValue)) {
@@ -90,6 +90,12 @@ func (c *cacheSink) apply(ev *KeyValue) {
 	c.recent[c.taken%len(c.recent)] = ev.Revision
 	c.taken++
 	c.wakeLocked()
+}
+
+func (c *cacheSink) startOver() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.reached.revision, c.recent = 0, [256]uint64{}
 }
 
 func (c *cacheSink) advance(p progress) {

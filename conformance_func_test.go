@@ -572,8 +572,8 @@ var holdCases = []conformanceCase{
 	}},
 	{"hold-lost", "when the lease is lost fn's context ends with the cause ErrLockExpired, and fn's own error is kept", func(t *testing.T, dial func() Store) {
 		s := dial()
-		for _, own := range []error{errOutage, fmt.Errorf("half done: %w", context.Canceled)} {
-			l := mustLock(t, s, "l", 300*time.Millisecond)
+		for i, own := range []error{errOutage, fmt.Errorf("half done: %w", context.Canceled)} {
+			l := mustLock(t, s, fmt.Sprint("l.", i), 300*time.Millisecond) // the store sees it lapse a little later
 			err := Hold(context.Background(), limit(l, 1), 300*time.Millisecond, func(ctx context.Context, _ uint64) error {
 				<-ctx.Done()
 				refuses(t, ErrLockExpired, context.Cause(ctx))
@@ -582,8 +582,8 @@ var holdCases = []conformanceCase{
 			assert.ErrorIs(t, err, ErrLockExpired)
 			assert.ErrorIs(t, err, own)
 		}
-		for _, own := range []error{nil, context.Canceled, ErrLockExpired} { // they say nothing more
-			l := mustLock(t, s, "l", 300*time.Millisecond)
+		for i, own := range []error{nil, context.Canceled, ErrLockExpired} { // they say nothing more
+			l := mustLock(t, s, fmt.Sprint("m.", i), 300*time.Millisecond)
 			err := Hold(context.Background(), limit(l, 1), 300*time.Millisecond, func(ctx context.Context, _ uint64) error {
 				<-ctx.Done()
 				return own

@@ -33,7 +33,7 @@ type conformanceCase struct {
 
 // testConformance holds a backend to the contract.
 func testConformance(t *testing.T, b backend) {
-	for _, c := range slices.Concat(keyCases, metadataCases, ttlCases, keysCases, entriesCases, storeCases, watchCases, lockCases, updateCases, contextCases, functionCases, acquireCases, holdCases, withLockCases, closeCases) {
+	for _, c := range slices.Concat(keyCases, metadataCases, ttlCases, keysCases, entriesCases, storeCases, watchCases, lockCases, updateCases, contextCases, functionCases, acquireCases, holdCases, withLockCases, followCases, cacheCases, closeCases) {
 		t.Run(c.name, func(t *testing.T) {
 			b.run(t, func(t *testing.T) {
 				t.Cleanup(func() {

@@ -1,6 +1,9 @@
 package state
 
-import "errors"
+import (
+	"errors"
+	"fmt"
+)
 
 // The documented outcomes. Every method of every backend returns them bare, so
 // that both == and errors.Is work. Anything else that a method returns names
@@ -64,3 +67,18 @@ var (
 // only ever take effect on the revision that it names. A write that failed with
 // any other error was not applied.
 var ErrOutcomeUnknown = errors.New("outcome unknown")
+
+// errUnopened is what the methods of a zero store return.
+var errUnopened = errors.New("state: the store was not opened: it is a zero value, not one from NewMemoryStore or NewNATSStore")
+
+// opError adds to a failure what was to be done. Documented outcomes stay bare.
+func opError(verb, key string, err error) error {
+	switch err {
+	case nil, ErrNotFound, ErrConflict, ErrValueTooLarge, ErrStoreFull, ErrClosed, ErrLockHeld, ErrLockExpired, ErrLockNotHeld:
+		return err
+	}
+	if errors.Is(err, ErrClosed) && !errors.Is(err, ErrOutcomeUnknown) {
+		return ErrClosed
+	}
+	return fmt.Errorf("state: %s %q: %w", verb, key, err)
+}

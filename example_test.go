@@ -340,7 +340,7 @@ func ExampleWithLock() {
 // one who wrote it, and so it can refuse who held the lock before that.
 type Protected struct {
 	Store state.Store
-	Key string
+	Key   string
 }
 
 // Write stores text on behalf of the lock's holder with that token.

@@ -22,14 +22,14 @@ import (
 // the caller's own. A slow reader blocks nobody, as for Watch. Follow remembers
 // the names and revisions of the keys that exist.
 func Follow(ctx context.Context, store Store, pattern string) (current []*KeyValue, changes <-chan *KeyValue, err error) {
-	out := &followSink{sub: newSubscription(), revisions: make(map[string]uint64)}
+	out := &followSink{sub: newSubscription(), versions: make(map[string]version)}
 	f := &following{store: store, pattern: pattern, sink: out}
 	src, err := f.open(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
 	for _, kv := range src.current {
-		out.revisions[kv.Key] = kv.Revision
+		out.versions[kv.Key] = versionOf(kv)
 	}
 	reader, ended := make(chan *KeyValue), make(chan struct{})
 	go func() {
@@ -40,40 +40,60 @@ func Follow(ctx context.Context, store Store, pattern string) (current []*KeyVal
 	return src.current, reader, nil
 }
 
-// A followSink hands the changes to the reader of a Follow.
-type followSink struct {
-	sub       *subscription
-	revisions map[string]uint64
+// A version tells one value of a key from another, also from one of the same
+// revision in a store that was made anew.
+type version struct {
+	revision uint64
+	modified int64 // in nanoseconds
 }
 
-func (s *followSink) revision(key string) (uint64, bool) {
-	revision, ok := s.revisions[key]
-	return revision, ok
+func versionOf(kv *KeyValue) version { return version{kv.Revision, kv.Modified.UnixNano()} }
+
+// replacedBy reports whether kv, which exists, is a later value. In a store that
+// was made anew revisions begin again.
+func (v version) replacedBy(kv *KeyValue) bool {
+	return kv.Revision > v.revision || kv.Modified.UnixNano() > v.modified
+}
+
+// A followSink hands the changes to the reader of a Follow.
+type followSink struct {
+	sub      *subscription
+	versions map[string]version
+}
+
+func (s *followSink) version(key string) (version, bool) {
+	v, ok := s.versions[key]
+	return v, ok
 }
 
 func (s *followSink) each(f func(kv *KeyValue)) {
-	for key, revision := range s.revisions {
-		f(&KeyValue{Key: key, Revision: revision})
+	for key, v := range s.versions {
+		f(&KeyValue{Key: key, Revision: v.revision})
 	}
 }
 
 func (s *followSink) apply(ev *KeyValue) {
 	if ev.Operation == OpDelete {
-		delete(s.revisions, ev.Key)
+		delete(s.versions, ev.Key)
 	} else {
-		s.revisions[ev.Key] = ev.Revision
+		s.versions[ev.Key] = versionOf(ev)
 	}
 	s.sub.push(ev)
 }
+
+func (s *followSink) startOver() {}
 
 func (s *followSink) advance(progress) {}
 
 // A sink is what a following keeps up to date. It has the entries that exist as
 // far as was reported.
 type sink interface {
-	revision(key string) (uint64, bool)
+	version(key string) (version, bool)
 	each(f func(kv *KeyValue))
 	apply(ev *KeyValue)
+	// startOver says that the store may have been made anew, so that the
+	// revisions so far mean nothing any more.
+	startOver()
 	// advance says how far the sink is up to date.
 	advance(p progress)
 }
@@ -89,7 +109,9 @@ type follower interface {
 type source struct {
 	current []*KeyValue
 	begun   time.Time     // what was acknowledged before is in current
-	asOf    uint64        // the newest revision in current
+	asOf    uint64        // the newest revision that is known to be in what was listed
+	newest  uint64        // the newest revision of an event
+	listed  bool          // again since it began
 	sub     *subscription // of a store that is a follower; else
 	events  <-chan *KeyValue
 	ask     func()
@@ -161,6 +183,7 @@ func (f *following) run(ctx context.Context, src *source) {
 			timer.Stop()
 		}
 		f.reconcile(src.current)
+		f.sink.startOver()
 		f.sink.advance(progress{src.asOf, src.begun})
 	}
 }
@@ -187,7 +210,9 @@ func (f *following) read(ctx context.Context, src *source) {
 			if !ok {
 				return
 			}
-			f.change(src, ev)
+			if !f.confirm(ctx, src, ev) {
+				return
+			}
 		case <-tick:
 			f.ask(ctx, src)
 		case <-f.asked:
@@ -231,19 +256,43 @@ func (f *following) ask(ctx context.Context, src *source) {
 		return
 	}
 	f.reconcile(current)
+	// Whatever is gone by now may have had the newest revision.
+	src.asOf = max(src.asOf, src.newest)
 	for _, kv := range current {
 		src.asOf = max(src.asOf, kv.Revision)
 	}
+	src.listed = true
 	f.sink.advance(progress{src.asOf, begun})
+}
+
+// confirm is change for an event of a store that is no follower. If the source
+// was listed again since it began, a put of a key that does not exist may be
+// older than the listing, and its deletion still be under way: then the store
+// is asked. It reports whether the source is still good.
+func (f *following) confirm(ctx context.Context, src *source, ev *KeyValue) bool {
+	if _, exists := f.sink.version(ev.Key); src.listed && ev.Operation == OpPut && !exists {
+		kv, err := f.store.WithContext(ctx).GetKeyValue(ev.Key)
+		switch {
+		case err == ErrNotFound:
+			return true
+		case err != nil:
+			return false
+		case kv.Revision > ev.Revision:
+			ev = kv
+		}
+	}
+	f.change(src, ev)
+	return true
 }
 
 // change passes an event on, unless it is older than what is known. An expiry
 // has the revision of the value that expired.
 func (f *following) change(src *source, ev *KeyValue) {
-	known, exists := f.sink.revision(ev.Key)
+	src.newest = max(src.newest, ev.Revision)
+	known, exists := f.sink.version(ev.Key)
 	switch {
-	case ev.Operation == OpDelete && (!exists || ev.Revision < known):
-	case ev.Operation == OpPut && exists && ev.Revision <= known:
+	case ev.Operation == OpDelete && (!exists || ev.Revision < known.revision):
+	case ev.Operation == OpPut && exists && ev.Revision <= known.revision:
 	case ev.Operation == OpPut && !exists && ev.Revision <= src.asOf:
 		// It was gone again when the entries were listed.
 	default:
@@ -256,7 +305,7 @@ func (f *following) reconcile(current []*KeyValue) {
 	there := make(map[string]bool, len(current))
 	for _, kv := range current {
 		there[kv.Key] = true
-		if known, exists := f.sink.revision(kv.Key); !exists || known < kv.Revision {
+		if known, exists := f.sink.version(kv.Key); !exists || known.replacedBy(kv) {
 			f.sink.apply(kv)
 		}
 	}

@@ -2,23 +2,10 @@ package state
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"slices"
 	"sync"
 	"time"
 )
-
-const (
-	// defaultMaxValue is the documented limit of a value, "1MB".
-	defaultMaxValue = 1 << 20
-	// headerRoom is how much of a message is kept free for headers. NATS counts
-	// them in, so that by default a value can have this much less than 1 MiB.
-	headerRoom = 1 << 10
-)
-
-// errUnopened is what the methods of a zero store return.
-var errUnopened = errors.New("state: the store was not opened: it is a zero value, not one from NewMemoryStore or NewNATSStore")
 
 // MemoryStore implements [Store] using in-memory storage. It is useful for
 // testing and single-process scenarios.
@@ -70,7 +57,7 @@ type memoryData struct {
 	lockRevision uint64
 	locks        map[string]*memoryLock
 	lapses       expiryQueue
-	waiters      map[string][]chan struct{} // of one slot: who waits for a lock
+	waiters      map[string][]chan struct{} // of one slot: those that wait for a lock
 }
 
 var _ Store = (*MemoryStore)(nil)
@@ -189,13 +176,9 @@ func (s *MemoryStore) admit(op, key string, ended error) error {
 		return ErrClosed
 	}
 	if ended != nil {
-		return contextError(op, key, ended)
+		return opError(op, key, ended)
 	}
 	return nil
-}
-
-func contextError(op, key string, err error) error {
-	return fmt.Errorf("state: %s %q: %w", op, key, err)
 }
 
 // now returns the time by the store's clock, which never goes back.
@@ -237,7 +220,7 @@ func (s *MemoryStore) read(key string) (entry, timestamp, error) {
 	if ended != nil || it == nil || it.deadline != 0 && it.deadline.passed(d.now()) {
 		d.mu.RUnlock()
 		if ended != nil {
-			return entry{}, 0, contextError("get", key, ended)
+			return entry{}, 0, opError("get", key, ended)
 		}
 		if err := ValidateKey(key); err != nil {
 			return entry{}, 0, err
@@ -668,7 +651,7 @@ func (s *MemoryStore) grant(key string, ttl time.Duration, wake chan struct{}) (
 // waited longest; the end of the lease wakes all.
 func (s *MemoryStore) awaitLock(ctx context.Context, key string, ttl time.Duration) (Lock, error) {
 	if err := ctx.Err(); err != nil {
-		return nil, contextError("lock", key, err)
+		return nil, opError("lock", key, err)
 	}
 	s = s.bind(context.Background())
 	wake := make(chan struct{}, 1)
@@ -723,7 +706,7 @@ func (d *memoryData) wakeNext(key string) {
 	if waiting := d.waiters[key]; len(waiting) > 0 {
 		next := waiting[0]
 		d.dropWaiter(key, next)
-		next <- struct{}{} // it has room: who is queued has not been woken
+		next <- struct{}{} // it has room: a queued waiter has not been woken
 	}
 }
 

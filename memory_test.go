@@ -13,15 +13,17 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestMemoryStoreConformance(t *testing.T) {
-	testConformance(t, backend{
+func TestMemoryStoreConformance(t *testing.T) { testConformance(t, memoryBackend()) }
+
+func memoryBackend() backend {
+	return backend{
 		run: func(t *testing.T, f func(*testing.T)) { synctest.Test(t, f) },
 		open: func(t *testing.T) func() Store {
 			s := NewMemoryStore()
 			t.Cleanup(func() { _ = s.Close() })
 			return func() Store { return s.Client() }
 		},
-	})
+	}
 }
 
 // TestHoldEndsWithTheLease: if the lease is not refreshed, fn's context ends with

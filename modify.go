@@ -28,7 +28,7 @@ func Modify(ctx context.Context, store Store, key string, fn func(old *KeyValue)
 			retry.wait(ctx, math.MaxInt64)
 		}
 		if err := ctx.Err(); err != nil {
-			return 0, contextError("modify", key, err)
+			return 0, opError("modify", key, err)
 		}
 		old, err := store.GetKeyValue(key)
 		var revision uint64

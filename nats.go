@@ -38,10 +38,16 @@ type NATSStoreConfig struct {
 	// Replicas is how many servers keep a copy of a new bucket. Default: 1. An
 	// existing bucket is left as it is.
 	Replicas int
-	// Domain is the JetStream domain of the bucket, as behind a leaf node.
+	// Domain is the JetStream domain of the bucket, as behind a leaf node. What
+	// is published on one side of a leaf node is not heard on the other, so
+	// a waiter for a lock checks every two seconds whether it was released.
 	Domain string
 	// APIPrefix is what an account's import puts in place of "$JS.API", if the
 	// bucket is another account's. At most one of Domain and APIPrefix is set.
+	// That account exports the service "$JS.API.>" with the response type stream
+	// and the service "$KV.<bucket>.>", and the same of the bucket of locks; this
+	// one imports them as "<prefix>.>" and "<prefix>.$KV.<bucket>.>". Waiting for
+	// a lock is as with a Domain.
 	APIPrefix string
 	// Logger receives what an operator wants to know: a watch that was cut off
 	// and is back, or ends; a lease that was lost; a write of unknown outcome; a
@@ -71,7 +77,7 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // made it, except that message TTLs are switched on. Two settings matter to
 // what it promises:
 //
-//   - A bucket with a TTL of its own (MaxAge) keeps it: no entry lives longer,
+//   - A bucket that has a TTL itself (MaxAge) keeps it: no entry lives longer,
 //     whatever TTL it was put with. Entries end at that deadline as at one of
 //     their own.
 //   - A bucket with delete markers (SubjectDeleteMarkerTTL, which nats.go calls
@@ -120,17 +126,11 @@ type NATSStore struct {
 
 // A natsCore is what a store and those that WithContext returns share.
 type natsCore struct {
-	cfg      *NATSStoreConfig
 	data     *bucket
 	ttl      time.Duration
 	maxValue int
-	owner    string
-	maxCut   time.Duration // for how long a watch may be cut off
-	deaf     bool          // what this process publishes, or all others, is not heard
-
-	locks lockBucket
-	waits lockWaits
-	feeds feeds
+	locks    *natsLocks
+	feeds    *feeds
 }
 
 var _ Store = (*NATSStore)(nil)
@@ -144,7 +144,8 @@ func NewNATSStore(cfg NATSStoreConfig) (*NATSStore, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("state: %w", err)
 	}
-	r, err := newRequester(&cfg)
+	conn := connection{nc: cfg.Conn, domain: cfg.Domain, apiPrefix: cfg.APIPrefix, log: cfg.Logger}
+	r, err := newRequester(conn)
 	if err != nil {
 		return nil, fmt.Errorf("state: %w", err)
 	}
@@ -154,20 +155,14 @@ func NewNATSStore(cfg NATSStoreConfig) (*NATSStore, error) {
 		return nil, fmt.Errorf("state: bucket %q: %w", cfg.Bucket, err)
 	}
 	s := &natsCore{
-		cfg:      &cfg,
 		data:     data,
 		ttl:      cfg.TTL,
 		maxValue: data.maxValue(),
-		owner:    cfg.Owner,
-		maxCut:   tombstoneTTL - time.Minute,
-		deaf:     cfg.Conn.Opts.NoEcho || cfg.APIPrefix != "",
-		feeds:    feeds{by: make(map[pattern]*feed)},
+		locks:    newNATSLocks(conn, data, cfg.Owner),
+		feeds:    newFeeds(data),
 	}
 	if cfg.MaxValueSize > 0 {
 		s.maxValue = min(s.maxValue, int(cfg.MaxValueSize))
-	}
-	if s.owner == "" {
-		s.owner = processName()
 	}
 	return &NATSStore{natsCore: s}, nil
 }
@@ -392,7 +387,7 @@ func (s *NATSStore) Watch(pattern string) (<-chan *KeyValue, error) {
 	if err != nil {
 		return nil, err
 	}
-	f, w, err := s.join(ctx, p, false)
+	f, w, err := s.feeds.join(ctx, p, false)
 	if err != nil {
 		return nil, s.watchError(pattern, err)
 	}
@@ -401,9 +396,9 @@ func (s *NATSStore) Watch(pattern string) (<-chan *KeyValue, error) {
 	if !s.data.start(func() {
 		w.deliver(reader, ctx.Done(), s.data.life.Done())
 		s.data.stats.watches.Add(-1)
-		s.leave(f, w)
+		s.feeds.leave(f, w)
 	}) {
-		s.leave(f, w)
+		s.feeds.leave(f, w)
 		return nil, ErrClosed
 	}
 	return reader, nil
@@ -420,7 +415,10 @@ func (s *NATSStore) watchError(pattern string, err error) error {
 // follow implements follower: a watch and a listing in one pass, which costs no
 // more requests than Watch does by itself.
 func (s *NATSStore) follow(ctx context.Context, p pattern) (*subscription, []*KeyValue, func(), error) {
-	f, w, err := s.join(ctx, p, true)
+	if s == nil || s.natsCore == nil {
+		return nil, nil, nil, errUnopened
+	}
+	f, w, err := s.feeds.join(ctx, p, true)
 	if err != nil {
 		return nil, nil, nil, err
 	}
@@ -436,13 +434,13 @@ func (s *NATSStore) follow(ctx context.Context, p pattern) (*subscription, []*Ke
 		}
 	})
 	if err != nil {
-		s.leave(f, w)
+		s.feeds.leave(f, w)
 		return nil, nil, nil, err
 	}
 	s.data.stats.watches.Add(1)
 	context.AfterFunc(ctx, func() {
 		s.data.stats.watches.Add(-1)
-		s.leave(f, w)
+		s.feeds.leave(f, w)
 	})
 	return w.subscription, l.entries(s.data, t), func() { f.askProgress(ctx) }, nil
 }
@@ -456,7 +454,7 @@ func (s *NATSStore) Lock(key string, ttl time.Duration) (Lock, error) {
 	if err != nil {
 		return nil, err
 	}
-	l, _, err := s.lock(ctx, key, ttl)
+	l, _, err := s.locks.lock(ctx, key, ttl)
 	if err != nil {
 		return nil, opError("lock", key, err)
 	}
@@ -477,7 +475,7 @@ func (s *NATSStore) awaitLock(ctx context.Context, key string, ttl time.Duration
 	if _, err := unbound.beginLock(key, ttl); err != nil {
 		return nil, err
 	}
-	return s.natsCore.awaitLock(ctx, key, ttl)
+	return s.locks.await(ctx, key, ttl)
 }
 
 // LockHolder implements [Store]. It costs one request.
@@ -489,11 +487,29 @@ func (s *NATSStore) LockHolder(key string) (*LockInfo, error) {
 	if err := ValidateKey(key); err != nil {
 		return nil, err
 	}
-	r, err := s.holder(newBudget(ctx), key)
+	r, err := s.locks.holder(newBudget(ctx), key)
 	if err != nil {
 		return nil, opError("lock holder", key, err)
 	}
 	return r.lockInfo(key), nil
+}
+
+// Stats returns the store's counters. It costs no request.
+func (s *NATSStore) Stats() Stats {
+	if s.natsCore == nil {
+		return Stats{}
+	}
+	c := &s.data.stats
+	return Stats{
+		Requests:        c.requests.Load(),
+		Retries:         c.retries.Load(),
+		Conflicts:       c.conflicts.Load(),
+		UnknownOutcomes: c.unknown.Load(),
+		WatchCuts:       c.cuts.Load(),
+		Watches:         int(c.watches.Load()),
+		Consumers:       int(c.consumers.Load()),
+		CachedKeys:      s.data.cache.len(),
+	}
 }
 
 // Close implements [StateStore]. The connection stays open.

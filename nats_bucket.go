@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -38,13 +37,12 @@ type bucket struct {
 	writer string // begins the ids of this client's writes
 	writes atomic.Uint64
 
-	settings   atomic.Pointer[settings]
-	state      atomic.Pointer[streamState] // as the leader last had it
-	refreshing sync.Mutex                  // held by whoever changes the bucket, or looks whether it must
-	checking   atomic.Bool                 // a check of the settings is under way
-	clock      serverClock
-	cache      recordCache
-	maxBatch   atomic.Int32 // of a consumer's requests, as far as the server has refused more
+	settings atomic.Pointer[settings]
+	state    atomic.Pointer[streamState] // as the leader last had it
+	checking atomic.Bool                 // a check of the settings is under way
+	clock    serverClock
+	cache    recordCache
+	maxBatch atomic.Int32 // of a consumer's requests, as far as the server has refused more
 }
 
 // A bucketWant is what is wanted of a bucket. What is zero is left as it is.
@@ -58,7 +56,7 @@ type bucketWant struct {
 // settings are what a bucket's operator decided, as they were at a time.
 type settings struct {
 	streamConfig
-	created time.Time // the stream's, which tells it from another of its name
+	created time.Time // the stream's, which distinguishes it from another of its name
 	checked time.Time
 	epoch   *epoch // of the connection that they came on
 	copies  bool   // mirrors of the stream are known
@@ -196,11 +194,8 @@ func (b *bucket) noteInfo(info *streamInfo, asked time.Time, e *epoch) error {
 	case !last.created.Equal(now.created):
 		b.cache.clear()
 		b.log.Warn("state: the bucket was deleted and made anew", "bucket", b.name)
-	default:
-		now.copies = now.copies || last.copies
-		if last.Replicas != now.Replicas || last.PerKey != now.PerKey || last.MaxAge != now.MaxAge || last.AllowTTL != now.AllowTTL {
-			b.log.Info("state: settings of the bucket changed", "bucket", b.name, "replicas", now.Replicas, "history", now.PerKey, "max_age", now.MaxAge)
-		}
+	case last.Replicas != now.Replicas, last.PerKey != now.PerKey, last.MaxAge != now.MaxAge, last.AllowTTL != now.AllowTTL:
+		b.log.Info("state: settings of the bucket changed", "bucket", b.name, "replicas", now.Replicas, "history", now.PerKey, "max_age", now.MaxAge)
 	}
 	return nil
 }
@@ -235,8 +230,6 @@ func (b *bucket) check() {
 // refresh looks at the settings after something has contradicted what was
 // believed of them, and makes the bucket fit again.
 func (b *bucket) refresh(t *retryBudget) error {
-	b.refreshing.Lock()
-	defer b.refreshing.Unlock()
 	info, err := b.info(t)
 	if err == nil {
 		err = b.suit(t, info)
@@ -332,7 +325,7 @@ func (b *bucket) create(t *retryBudget) (*streamInfo, error) {
 	}
 	info, err := b.infoBy(t, "STREAM.CREATE", config)
 	if apiCode(err) == codeMaxConsumers {
-		config.MaxConsumers = -1 // the account has a limit of its own
+		config.MaxConsumers = -1 // the account has a limit
 		info, err = b.infoBy(t, "STREAM.CREATE", config)
 	}
 	for apiCode(err) == codeNameInUse || apiCode(err) == codeNoStream && t.wait(b.life) {

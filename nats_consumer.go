@@ -180,6 +180,13 @@ func (c *consumer) take() []*nats.Msg {
 	return mail
 }
 
+// hasMail reports whether there is something to take.
+func (c *consumer) hasMail() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.mail) > 0
+}
+
 // A pullRequest asks a consumer for messages.
 type pullRequest struct {
 	Batch     int           `json:"batch"`

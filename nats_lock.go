@@ -21,43 +21,98 @@ const locksSuffix = "-locks"
 // lock is granted: an operator may have made it unfit for locks.
 const lockSettingsLife = time.Minute
 
-// A lockBucket holds the records of locks, in a bucket of their own beside the
-// data: a name space of its own, whose traffic no watch sees, and in which any
-// KV tool shows who holds what.
+// natsLocks are the locks of a store. Their records are kept in a bucket of
+// their own beside the data: a separate name space, whose traffic no watch
+// sees, and in which any KV tool shows who holds what.
 //
 // A record is only ever written on top of the one that its writer knows. A
 // lease is a value with the lease's TTL, a released lock is a marker, so that
 // nothing is ever removed by sequence: on several replicas that can succeed
 // beside a conditional write of the same sequence.
-type lockBucket struct {
+type natsLocks struct {
+	conn  connection
+	data  *bucket
+	owner string // named in the records
+	deaf  bool   // some releases are not heard
+	waits lockWaits
+
 	mu     sync.Mutex // guards bucket
 	bucket *bucket    // nil until the first Lock
 }
 
+func newNATSLocks(conn connection, data *bucket, owner string) *natsLocks {
+	if owner == "" {
+		owner = processName()
+	}
+	return &natsLocks{conn: conn, data: data, owner: owner, deaf: conn.nc.Opts.NoEcho || conn.domain != "" || conn.apiPrefix != ""}
+}
+
 // open returns the bucket, which the first Lock creates with the replicas of the
 // data's. It is always on disk.
-func (l *lockBucket) open(t *retryBudget, data *bucket) (*bucket, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if b := l.bucket; b != nil {
+func (l *natsLocks) open(t *retryBudget) (*bucket, error) {
+	if b := l.opened(); b != nil {
 		s := b.settings.Load()
 		if time.Since(s.checked) > lockSettingsLife {
 			b.check()
 		}
-		return b, b.suitable(&s.streamConfig)
+		return b, l.inBucket(b, b.suitable(&s.streamConfig))
 	}
-	b := newBucket(data.requester, data.name+locksSuffix, bucketWant{
-		replicas: data.settings.Load().Replicas, locks: true,
-	})
+	b := l.newBucket()
 	if err := b.open(t); err != nil {
-		return nil, fmt.Errorf("bucket %q: %w", b.name, err)
+		return nil, l.inBucket(b, err)
 	}
-	l.bucket = b
-	return b, nil
+	return l.keep(b), nil
+}
+
+// bind is open for a bucket that need not exist.
+func (l *natsLocks) bind(t *retryBudget) (*bucket, error) {
+	if b := l.opened(); b != nil {
+		return b, nil
+	}
+	b := l.newBucket()
+	info, err := b.info(t)
+	if err == nil {
+		err = l.inBucket(b, b.suitable(&info.config))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return l.keep(b), nil
+}
+
+func (l *natsLocks) newBucket() *bucket {
+	return newBucket(l.data.requester, l.data.name+locksSuffix, bucketWant{
+		replicas: l.data.settings.Load().Replicas, locks: true,
+	})
+}
+
+func (l *natsLocks) inBucket(b *bucket, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("bucket %q: %w", b.name, err)
+}
+
+// keep returns the bucket that is used from now on: b, unless another goroutine
+// was faster.
+func (l *natsLocks) keep(b *bucket) *bucket {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.bucket == nil {
+		l.bucket = b
+	}
+	return l.bucket
+}
+
+// opened returns the bucket if there has been a Lock, else nil.
+func (l *natsLocks) opened() *bucket {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.bucket
 }
 
 // forget has the bucket made anew.
-func (l *lockBucket) forget(b *bucket) {
+func (l *natsLocks) forget(b *bucket) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.bucket == b {
@@ -67,16 +122,16 @@ func (l *lockBucket) forget(b *bucket) {
 
 // A natsLessor is a lessor for the locks that are kept in a bucket.
 type natsLessor struct {
-	s *natsCore
+	s *natsLocks
 	b *bucket
 }
 
 // lock acquires a lock that is free. If it is not, the record of its holder
 // says until when.
-func (s *natsCore) lock(ctx context.Context, key string, ttl time.Duration) (l *lease, holder record, err error) {
+func (s *natsLocks) lock(ctx context.Context, key string, ttl time.Duration) (l *lease, holder record, err error) {
 	t := newBudget(ctx)
 	for again := false; ; again = true {
-		b, err := s.locks.open(t, s.data)
+		b, err := s.open(t)
 		if err != nil {
 			return nil, record{}, err
 		}
@@ -84,11 +139,11 @@ func (s *natsCore) lock(ctx context.Context, key string, ttl time.Duration) (l *
 		if !errors.Is(err, jetstream.ErrBucketNotFound) || again {
 			return l, holder, err
 		}
-		s.locks.forget(b) // somebody has deleted it
+		s.forget(b) // somebody has deleted it
 	}
 }
 
-func (s *natsCore) acquire(ctx context.Context, t *retryBudget, b *bucket, key string, ttl time.Duration) (*lease, record, error) {
+func (s *natsLocks) acquire(ctx context.Context, t *retryBudget, b *bucket, key string, ttl time.Duration) (*lease, record, error) {
 	// A release is worth remembering; whether a lease has lapsed, only the
 	// server knows.
 	base := b.known(key)
@@ -98,10 +153,10 @@ func (s *natsCore) acquire(ctx context.Context, t *retryBudget, b *bucket, key s
 	owner := rand.Text()
 	m := mutation{key: key, op: owner + ".0", value: s.leaseData(ttl, 0), ttl: ttl}
 	for {
-		asked := time.Now()
+		t.sent = time.Time{}
 		r, err := b.commit(t, m, base, ifUnchanged)
 		if err == nil {
-			l := newLease(ctx, natsLessor{s, b}, key, ttl, asked, r.revision)
+			l := newLease(ctx, natsLessor{s, b}, key, ttl, t.sent, r.revision)
 			l.owner = owner
 			return l, record{}, nil
 		}
@@ -119,7 +174,7 @@ func (s *natsCore) acquire(ctx context.Context, t *retryBudget, b *bucket, key s
 }
 
 // leaseData is the value of a lease's record.
-func (s *natsCore) leaseData(ttl time.Duration, token uint64) []byte {
+func (s *natsLocks) leaseData(ttl time.Duration, token uint64) []byte {
 	return leaseValue{Owner: s.owner, TTL: ttl.String(), Token: padded(token)}.encode()
 }
 
@@ -144,15 +199,10 @@ func (r *record) lockInfo(key string) *LockInfo {
 
 // holder returns the record of a lock that is held, or ErrNotFound. Where there
 // is no bucket, nothing was ever locked.
-func (s *natsCore) holder(t *retryBudget, key string) (record, error) {
-	s.locks.mu.Lock()
-	b := s.locks.bucket
-	s.locks.mu.Unlock()
-	if b == nil {
-		b = newBucket(s.data.requester, s.data.name+locksSuffix, bucketWant{locks: true})
-		if _, err := b.info(t); err != nil {
-			return record{}, notFoundIfGone(err)
-		}
+func (s *natsLocks) holder(t *retryBudget, key string) (record, error) {
+	b, err := s.bind(t)
+	if err != nil {
+		return record{}, notFoundIfGone(err)
 	}
 	r, err := b.leaderLast(t, key)
 	if err != nil {
@@ -213,7 +263,7 @@ func (n natsLessor) extend(ctx context.Context, l *lease) error {
 func (n natsLessor) release(ctx context.Context, l *lease) error {
 	if n.s.data.life.Err() != nil {
 		// The store was closed, and its requester with it.
-		r, err := newRequester(n.s.cfg)
+		r, err := newRequester(n.s.conn)
 		if err != nil {
 			return opError("unlock", l.key, err)
 		}

@@ -11,8 +11,8 @@ import (
 
 const (
 	// lockJitter is the time over which those who wait for a lock in different
-	// processes spread their attempts after a release. Whoever hears the attempt
-	// of another one leaves the lock to it.
+	// processes spread their attempts after a release. A waiter that hears
+	// the attempt of another one leaves the lock to it.
 	lockJitter = 10 * time.Millisecond
 	// yieldFor is how long a waiter leaves a lock to somebody whose attempt it
 	// has heard, before it looks what became of that.
@@ -77,9 +77,9 @@ func (q *lockQueue) hear(msg *nats.Msg) {
 	})
 }
 
-// awaitLock waits for a lock until ctx ends. Other errors than ErrLockHeld are
+// await waits for a lock until ctx ends. Other errors than ErrLockHeld are
 // returned at once.
-func (s *natsCore) awaitLock(ctx context.Context, key string, ttl time.Duration) (Lock, error) {
+func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (Lock, error) {
 	q, turn := s.waits.enter(s, key)
 	defer s.waits.leave(key, q, turn)
 	select {
@@ -119,7 +119,7 @@ func (s *natsCore) awaitLock(ctx context.Context, key string, ttl time.Duration)
 }
 
 // sleep waits until the lock may be free.
-func (s *natsCore) sleep(ctx context.Context, q *lockQueue, holder record, trip time.Duration) error {
+func (s *natsLocks) sleep(ctx context.Context, q *lockQueue, holder record, trip time.Duration) error {
 	owner := holderOf(holder.op)
 	until := time.Now().Add(time.Duration(holder.deadline - s.lockClock()))
 	if holder.deadline == 0 {
@@ -168,18 +168,16 @@ func earlier(x, y time.Time) time.Time {
 }
 
 // lockClock returns the clock of the bucket of locks.
-func (s *natsCore) lockClock() timestamp {
-	s.locks.mu.Lock()
-	defer s.locks.mu.Unlock()
-	if s.locks.bucket == nil {
-		return s.data.clock.now()
+func (s *natsLocks) lockClock() timestamp {
+	if b := s.opened(); b != nil {
+		return b.clock.now()
 	}
-	return s.locks.bucket.clock.now()
+	return s.data.clock.now()
 }
 
 // enter joins the waiters for a lock. turn is closed when the caller is the
 // first of them.
-func (w *lockWaits) enter(s *natsCore, key string) (q *lockQueue, turn chan struct{}) {
+func (w *lockWaits) enter(s *natsLocks, key string) (q *lockQueue, turn chan struct{}) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	turn = make(chan struct{})
@@ -190,7 +188,8 @@ func (w *lockWaits) enter(s *natsCore, key string) (q *lockQueue, turn chan stru
 			w.queue = make(map[string]*lockQueue)
 		}
 		w.queue[key] = q
-		// It needs no consumer. Who may not listen waits for the lease's end.
+		// It needs no consumer. A client that may not listen waits for the
+		// lease's end.
 		q.sub, _ = s.data.nc.Subscribe("$KV."+s.data.name+locksSuffix+"."+key, q.hear)
 	}
 	if q.waiters = append(q.waiters, turn); len(q.waiters) == 1 {

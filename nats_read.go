@@ -2,7 +2,6 @@ package state
 
 import (
 	"errors"
-	"fmt"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -38,7 +37,7 @@ func (b *bucket) direct() bool {
 	return true
 }
 
-// directLast reads the last record of a key from whoever answers first. It
+// directLast reads the last record of a key from the first server that answers. It
 // reports whether the answer can be relied on.
 func (b *bucket) directLast(t *retryBudget, key string) (record, bool) {
 	answer, _, err := b.do(t, &nats.Msg{Subject: b.api + "DIRECT.GET." + b.stream + "." + b.prefix + key}, repeatable)
@@ -138,16 +137,4 @@ func (b *bucket) entryOf(t *retryBudget, key string) (record, error) {
 		return record{}, ErrNotFound
 	}
 	return r, nil
-}
-
-// opError adds to an error what was to be done, unless it is a documented one.
-func opError(verb, key string, err error) error {
-	switch err {
-	case nil, ErrNotFound, ErrConflict, ErrValueTooLarge, ErrStoreFull, ErrClosed, ErrLockHeld, ErrLockExpired, ErrLockNotHeld:
-		return err
-	}
-	if errors.Is(err, ErrClosed) && !errors.Is(err, ErrOutcomeUnknown) {
-		return ErrClosed
-	}
-	return fmt.Errorf("state: %s %q: %w", verb, key, err)
 }

@@ -89,6 +89,7 @@ type retryBudget struct {
 	ctx   context.Context // the caller's
 	begun time.Time
 	since time.Time // when progress was made last
+	sent  time.Time // when the first request was sent; zero if none was
 	pause time.Duration
 }
 
@@ -128,7 +129,7 @@ func (b *retryBudget) wait(life context.Context) bool {
 type requester struct {
 	nc    *nats.Conn
 	api   string // what the subjects of the JetStream API begin with
-	route string // what the subjects of a bucket are published behind, as a rule ""
+	route string // what the subjects of a bucket are published behind, usually ""
 	log   *slog.Logger
 	stats counters
 
@@ -170,18 +171,25 @@ var exchangePool = sync.Pool{New: func() any {
 	return x
 }}
 
+// A connection is the way to a JetStream API.
+type connection struct {
+	nc                *nats.Conn
+	domain, apiPrefix string // at most one of them
+	log               *slog.Logger
+}
+
 // newRequester subscribes to the answers and follows the connection's state.
-func newRequester(cfg *NATSStoreConfig) (*requester, error) {
+func newRequester(c connection) (*requester, error) {
 	r := &requester{
-		nc: cfg.Conn, api: "$JS.API.", log: cfg.Logger,
-		exchanges: make(map[string]*exchange), epoch: newEpoch(cfg.Conn.Status()),
+		nc: c.nc, api: "$JS.API.", log: c.log,
+		exchanges: make(map[string]*exchange), epoch: newEpoch(c.nc.Status()),
 	}
 	switch {
-	case cfg.Domain != "":
-		r.api = "$JS." + cfg.Domain + ".API."
+	case c.domain != "":
+		r.api = "$JS." + c.domain + ".API."
 		r.route = r.api
-	case cfg.APIPrefix != "":
-		r.api = strings.TrimSuffix(cfg.APIPrefix, ".") + "."
+	case c.apiPrefix != "":
+		r.api = strings.TrimSuffix(c.apiPrefix, ".") + "."
 		r.route = r.api
 	}
 	if r.log == nil {
@@ -320,7 +328,7 @@ func (r *requester) expect() *exchange {
 	return x
 }
 
-// register gives an exchange a reply subject of its own.
+// register gives an exchange its own reply subject.
 func (r *requester) register(x *exchange) {
 	r.mu.Lock()
 	r.next++
@@ -378,10 +386,14 @@ func (r *requester) do(t *retryBudget, msg *nats.Msg, rep repetition) (answer *n
 	x := r.expect()
 	defer r.forget(x)
 	msg.Reply = x.reply
+	now := time.Now()
+	if t.sent.IsZero() {
+		t.sent = now
+	}
 	if err := r.publish(msg); err != nil {
 		return nil, false, err
 	}
-	w := waiter{r: r, t: t, sent: time.Now(), first: time.Now()}
+	w := waiter{r: r, t: t, sent: now, first: now}
 	x.timer.Reset(checkInterval)
 	for copies := 1; ; {
 		select {
@@ -484,6 +496,7 @@ type waiter struct {
 	t     *retryBudget
 	first time.Time // when the request was sent
 	sent  time.Time // and when the last time
+	heard time.Time // since when the answer is known not to be on its way
 	in    uint64    // messages that had come in by the last check
 }
 
@@ -496,7 +509,7 @@ const (
 )
 
 // check looks whether the answer may be on its way: a ping that was sent after
-// the request is answered behind everything that the server had to say by then.
+// the request is answered behind everything that the server had sent before.
 func (w *waiter) check(rep repetition) verdict {
 	now := time.Now()
 	in := w.r.nc.Stats().InMsgs
@@ -505,15 +518,18 @@ func (w *waiter) check(rep repetition) verdict {
 	w.retried(now)
 	if w.r.heardSince(w.sent) {
 		// It is not on its way; it is late, or lost.
+		if w.heard.IsZero() {
+			w.heard = now
+		}
 		switch {
 		case rep == repeatable && now.Sub(w.sent) >= repeatInterval && w.r.elections():
 			if w.t.left() <= minAttempt {
 				return giveUp
 			}
-			w.sent = now
+			w.sent, w.heard = now, time.Time{}
 			w.r.stats.retries.Add(1)
 			return repeatNow
-		case rep == resolvable && now.Sub(w.sent) >= ackTimeout:
+		case rep == resolvable && now.Sub(w.heard) >= ackTimeout-checkInterval:
 			return giveUp
 		}
 	} else if moving {

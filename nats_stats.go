@@ -21,21 +21,3 @@ type counters struct {
 	requests, retries, conflicts, unknown, cuts atomic.Uint64
 	consumers, watches                          atomic.Int64
 }
-
-// Stats returns the store's counters. It costs no request.
-func (s *NATSStore) Stats() Stats {
-	if s.natsCore == nil {
-		return Stats{}
-	}
-	c := &s.data.stats
-	return Stats{
-		Requests:        c.requests.Load(),
-		Retries:         c.retries.Load(),
-		Conflicts:       c.conflicts.Load(),
-		UnknownOutcomes: c.unknown.Load(),
-		WatchCuts:       c.cuts.Load(),
-		Watches:         int(c.watches.Load()),
-		Consumers:       int(c.consumers.Load()),
-		CachedKeys:      s.data.cache.len(),
-	}
-}

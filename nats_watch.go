@@ -72,7 +72,8 @@ type feed struct {
 	heard     time.Time // when something came last
 	heardAt   timestamp // the same by the server's clock, which no pause of ours stops
 	cursor    uint64    // the last sequence that was dealt with
-	created   time.Time // the stream's, which tells it from another of its name
+	pending   uint64    // how many messages there were behind it
+	created   time.Time // the stream's, which distinguishes it from another of its name
 	openedAt  timestamp // by the server's clock
 	expecting bool      // the first listing comes from a Follow
 
@@ -136,24 +137,31 @@ func (w *natsWatch) wants(ev *KeyValue) bool {
 
 // feeds are the feeds of a store, one for each pattern.
 type feeds struct {
+	b      *bucket
+	maxCut time.Duration // for how long a feed may be cut off
+
 	mu sync.Mutex // guards the map, and refs of each feed
 	by map[pattern]*feed
+}
+
+func newFeeds(b *bucket) *feeds {
+	return &feeds{b: b, maxCut: tombstoneTTL - time.Minute, by: make(map[pattern]*feed)}
 }
 
 // join returns a watch of a pattern that begins now, and its feed. The caller
 // lets the feed go when it does not need it any more. With listing, the caller
 // gives a new feed its first listing, by list.
-func (s *natsCore) join(ctx context.Context, p pattern, listing bool) (*feed, *natsWatch, error) {
+func (s *feeds) join(ctx context.Context, p pattern, listing bool) (*feed, *natsWatch, error) {
 	for {
 		f, w, isNew := s.hold(p, listing)
 		select {
 		case <-f.ready:
 		case <-ctx.Done():
-		case <-s.data.life.Done():
+		case <-s.b.life.Done():
 		}
 		err := ctx.Err()
 		switch {
-		case s.data.life.Err() != nil:
+		case s.b.life.Err() != nil:
 			err = ErrClosed
 		case err != nil:
 		case f.err != nil:
@@ -173,26 +181,26 @@ func (s *natsCore) join(ctx context.Context, p pattern, listing bool) (*feed, *n
 }
 
 // hold adds a watch to the feed of a pattern, which it makes if there is none.
-func (s *natsCore) hold(p pattern, listing bool) (f *feed, w *natsWatch, isNew bool) {
+func (s *feeds) hold(p pattern, listing bool) (f *feed, w *natsWatch, isNew bool) {
 	w = &natsWatch{subscription: newSubscription(), joining: true}
-	s.feeds.mu.Lock()
-	defer s.feeds.mu.Unlock()
-	f = s.feeds.by[p]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f = s.by[p]
 	if f == nil {
 		isNew = true
 		f = &feed{
-			b: s.data, pattern: p, maxCut: s.maxCut, expecting: listing,
+			b: s.b, pattern: p, maxCut: s.maxCut, expecting: listing,
 			quit: make(chan struct{}), ready: make(chan struct{}), wake: make(chan struct{}, 1),
 			alive: make(map[string]*tracked), touched: make(map[string]uint64), doubtful: make(map[string]*tracked), buried: make(map[string]burial),
 			heard: time.Now(), listPause: stateLife, floor: math.MaxUint64,
 		}
-		s.feeds.by[p] = f
+		s.by[p] = f
 	}
 	f.refs++
 	f.mu.Lock()
 	f.watches = append(f.watches, w)
 	f.mu.Unlock()
-	if isNew && !s.data.start(func() { f.run(); s.drop(f) }) {
+	if isNew && !s.b.start(func() { f.run(); s.drop(f) }) {
 		f.err = ErrClosed
 		close(f.ready)
 	}
@@ -200,27 +208,27 @@ func (s *natsCore) hold(p pattern, listing bool) (f *feed, w *natsWatch, isNew b
 }
 
 // leave removes a watch from its feed, which ends with its last watch.
-func (s *natsCore) leave(f *feed, w *natsWatch) {
+func (s *feeds) leave(f *feed, w *natsWatch) {
 	w.end()
 	f.mu.Lock()
 	f.watches = slices.DeleteFunc(f.watches, func(x *natsWatch) bool { return x == w })
 	f.mu.Unlock()
-	s.feeds.mu.Lock()
-	defer s.feeds.mu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if f.refs--; f.refs == 0 {
-		if s.feeds.by[f.pattern] == f {
-			delete(s.feeds.by, f.pattern)
+		if s.by[f.pattern] == f {
+			delete(s.by, f.pattern)
 		}
 		close(f.quit)
 	}
 }
 
 // drop forgets a feed that has ended: the next watch makes another one.
-func (s *natsCore) drop(f *feed) {
-	s.feeds.mu.Lock()
-	defer s.feeds.mu.Unlock()
-	if s.feeds.by[f.pattern] == f {
-		delete(s.feeds.by, f.pattern)
+func (s *feeds) drop(f *feed) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.by[f.pattern] == f {
+		delete(s.by, f.pattern)
 	}
 }
 
@@ -395,7 +403,7 @@ func (f *feed) connect(first bool, cursor uint64, created time.Time, heardAt tim
 // attached takes over a new connection, or decides what to do without.
 func (f *feed) attached(a attachment, err error) {
 	if err == nil {
-		f.source, f.epoch, f.asked = a.source, a.epoch, 0
+		f.source, f.epoch, f.asked, f.pending = a.source, a.epoch, 0, 0
 		f.hear()
 		err = f.pull()
 	}
@@ -457,7 +465,7 @@ func (f *feed) notAttached(err error) {
 	f.later(pause/2+rand.N(pause), f.attach)
 }
 
-// later posts something after a time, unless the feed has ended by then.
+// later posts something after a time, unless the feed has ended.
 func (f *feed) later(d time.Duration, do func()) {
 	f.b.start(func() {
 		timer := time.NewTimer(d)
@@ -521,9 +529,11 @@ func (f *feed) look() {
 		f.recheck()
 	}
 	maps.DeleteFunc(f.buried, func(_ string, b burial) bool { return time.Since(b.at) > burialLife })
-	// By now, what was written when the last state was taken has been read.
-	f.lookAtState(f.lastState)
-	f.lastState = f.b.state.Load()
+	if !f.behind() {
+		// By now, what was written when the last state was taken has been read.
+		f.lookAtState(f.lastState)
+		f.lastState = f.b.state.Load()
+	}
 	if time.Since(s.checked) > stateLife-heartbeat/2 {
 		f.b.check()
 	}
@@ -582,6 +592,7 @@ func (f *feed) accept(msg *nats.Msg) error {
 	switch {
 	case st.code == "":
 	case st.code == "100":
+		f.pending = 0
 		return nil
 	case st.code == "smaller":
 		f.asked = 0
@@ -594,7 +605,7 @@ func (f *feed) accept(msg *nats.Msg) error {
 	}
 	f.b.clock.observe(d.written)
 	f.asked--
-	f.cursor = d.seq
+	f.cursor, f.pending = d.seq, d.pending
 	if key, ok := f.b.key(f.pattern, msg.Subject); ok {
 		f.report(key, decode(msg.Header, msg.Data, d.seq, d.written, f.b.settings.Load().MaxAge))
 	}
@@ -625,19 +636,28 @@ func (f *feed) report(key string, r record) {
 		f.track(key, &r, false)
 		f.push(r.event(key, r.deadline))
 	case t != nil:
-		f.buried[key] = burial{r.created, time.Now()}
 		f.gone(t, r.revision, r.modified)
-	case r.created != 0 && f.buried[key].created != r.created || r.op == "":
-		// The value that was deleted was replaced by the marker before it could
-		// be delivered, or the feed does not know yet what existed. The marker
-		// says that the key did; another client's does not say.
+	case f.unseen(key, &r):
 		f.buried[key] = burial{r.created, time.Now()}
 		f.push(deletion(key, r.revision, r.modified))
 	}
 }
 
-// A burial is the last deletion of a key that was reported: a second marker may
-// follow if several clients delete the key at once.
+// unseen reports whether a marker deleted a value that was never delivered: it
+// was replaced by the marker before that, or it existed before the feed, which
+// has not been listed yet. Our markers say when the key came into being. Other
+// clients' do not, and may delete what does not exist.
+func (f *feed) unseen(key string, r *record) bool {
+	last, reported := f.buried[key]
+	if r.op == "" {
+		return !f.listed && !reported
+	}
+	return r.created != 0 && r.created != last.created
+}
+
+// A burial is the last deletion or expiry of a key that was reported: a marker
+// for the same key may follow, of another client that deleted it at once, or of
+// the server.
 type burial struct {
 	created timestamp // of the key
 	at      time.Time
@@ -662,6 +682,7 @@ func (f *feed) gone(t *tracked, revision uint64, at timestamp) {
 	f.expiries.drop(&t.expiring)
 	delete(f.alive, t.key)
 	delete(f.doubtful, t.key)
+	f.buried[t.key] = burial{t.created, time.Now()}
 	f.push(deletion(t.key, revision, at))
 }
 
@@ -692,9 +713,9 @@ func (f *feed) list() {
 // merge takes over what a listing found. What was read since the listing began
 // is newer.
 func (f *feed) merge(l listing) {
-	over := f.openedAt // what had expired by then is not reported
+	over := f.openedAt // what had expired before is not reported
 	if f.listed {
-		over = l.now // what has expired by then was tracked, and was or will be reported
+		over = l.now // what expired before was tracked: it was reported, or will be
 	}
 	there := make(map[string]bool, len(l.all))
 	for i := range l.all {
@@ -720,7 +741,13 @@ func (f *feed) merge(l listing) {
 // expire finds out which of the keys that are due were refreshed in time: a
 // refresh may be on its way to here, or still on its way into the stream.
 func (f *feed) expire() {
-	if f.source == nil || f.asking || !f.expiries.anyDue(f.b.clock.now()) {
+	now := f.b.clock.now()
+	if f.source == nil || f.asking || !f.expiries.anyDue(now) {
+		return
+	}
+	if f.behind() && !f.expiries.anyDue(now-maxOverdue) {
+		// What is on its way here may be refreshes: nothing need be asked then.
+		f.deferred = time.Now().Add(20 * time.Millisecond)
 		return
 	}
 	f.asking = true
@@ -739,6 +766,13 @@ func (f *feed) expire() {
 	})
 }
 
+// maxOverdue is how long after a deadline a feed that is behind asks about it.
+const maxOverdue = timestamp(400 * time.Millisecond)
+
+// behind reports whether there is something to read that was there when the last
+// message was delivered.
+func (f *feed) behind() bool { return f.pending > 0 || f.source.hasMail() }
+
 // due takes out what has come to its deadline.
 func (f *feed) due(now timestamp) []*tracked {
 	var due []*tracked
@@ -748,26 +782,27 @@ func (f *feed) due(now timestamp) []*tracked {
 	return due
 }
 
-// A finding is the last sequence that the leader has of a key, if it is known.
+// A finding is what the leader has of a key that the feed asked about.
 type finding struct {
 	t        *tracked
 	revision uint64 // that the key had for the feed when it was asked
-	last     uint64
-	known    bool
+	probeResult
 }
 
 // probe asks the leader for the last sequences of keys.
 func (f *feed) probe(keys []*tracked, then func([]finding)) {
-	findings := make([]finding, len(keys))
+	findings, names := make([]finding, len(keys)), make([]string, len(keys))
 	for i, t := range keys {
-		findings[i] = finding{t: t, revision: t.revision}
+		findings[i], names[i] = finding{t: t, revision: t.revision}, t.key
 	}
 	if len(keys) == 0 {
 		then(findings)
 		return
 	}
 	f.b.start(func() {
-		f.b.probeAll(newBudget(f.b.life), findings)
+		for i, result := range f.b.probe(newBudget(f.b.life), names) {
+			findings[i].probeResult = result
+		}
 		f.post(func() { then(findings) })
 	})
 }
@@ -808,7 +843,7 @@ func (f *feed) suspect(suspects []*tracked) {
 				f.doubtful[t.key] = t
 			case found.last == 0:
 				f.gone(t, t.revision, f.removedAt(t))
-				f.listPause = stateLife // whoever removes some may remove more
+				f.listPause = stateLife // there may be more removals
 			}
 		}
 	})

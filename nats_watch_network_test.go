@@ -178,7 +178,7 @@ func TestWatchOfLivingKeysAsksNothing(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			srv := startServer(t, nil)
-			const watches, keys, seconds = 10, 1000, 5
+			const watches, keys, seconds = 10, 1000, 7
 			bucket := newBucketName()
 			var all []*observer
 			for range stores {
@@ -187,7 +187,7 @@ func TestWatchOfLivingKeysAsksNothing(t *testing.T) {
 					all = append(all, observe(mustWatch(t, s, "agents.*")))
 				}
 			}
-			traffic{prefix: "agents.", keys: keys, perSecond: keys, ttl: 2 * time.Second}.start(t, connect(t, srv.ClientURL()), bucket)
+			traffic{prefix: "agents.", keys: keys, perSecond: keys, ttl: 5 * time.Second}.start(t, connect(t, srv.ClientURL()), bucket)
 			last := fmt.Sprintf("agents.%d", keys-1)
 			eventually(t, func() bool { return all[watches-1].last(last) != nil }, "every key has been written")
 			requests := countRequests(t, srv.ClientURL(), bucket)

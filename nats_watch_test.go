@@ -209,14 +209,15 @@ func TestWatchRefreshRemoved(t *testing.T) {
 	ctx := context.Background()
 	stream, err := newJetStream(t, other.data.nc).Stream(ctx, "KV_b")
 	require.NoError(t, err)
-	for round := range 5 {
+	const ttl = time.Second
+	for round := range 3 {
 		events := mustWatch(t, s, "k")
-		require.NoError(t, other.Put("k", []byte("old"), 300*time.Millisecond))
+		require.NoError(t, other.Put("k", []byte("old"), ttl))
 		old := receive(t, events)
 		p.stall()
-		require.NoError(t, other.Put("k", []byte("new"), time.Second))
+		require.NoError(t, other.Put("k", []byte("new"), ttl))
 		refreshed := mustGet(t, other, "k")
-		require.Less(t, refreshed.Modified.Sub(old.Modified), 300*time.Millisecond, "too late")
+		require.Less(t, refreshed.Modified.Sub(old.Modified), ttl, "too late")
 		eventually(t, func() bool {
 			for c := range stream.ListConsumers(ctx).Info() {
 				if c.Delivered.Stream < refreshed.Revision {
@@ -226,13 +227,13 @@ func TestWatchRefreshRemoved(t *testing.T) {
 			return true
 		}, "the delivery")
 		require.NoError(t, stream.Purge(ctx, jetstream.WithPurgeSubject("$KV.b.k")))
-		time.Sleep(600 * time.Millisecond)
+		time.Sleep(ttl + 300*time.Millisecond)
 		p.resume()
 		assert.Equal(t, "put k", brief(receive(t, events)), round)
 		gone := receive(t, events)
 		assert.Equal(t, "delete k", brief(gone))
 		assert.Equal(t, refreshed.Revision, gone.Revision)
-		assert.Equal(t, refreshed.Modified.Add(time.Second), gone.Modified)
+		assert.Equal(t, refreshed.Modified.Add(ttl), gone.Modified)
 	}
 }
 
@@ -478,7 +479,7 @@ func TestWatchEnds(t *testing.T) {
 	t.Run("cut off for too long", func(t *testing.T) {
 		t.Parallel()
 		s, p := viaProxy(t, startServer(t, nil).ClientURL(), "b", 1)
-		s.maxCut = 500 * time.Millisecond // instead of an hour
+		s.feeds.maxCut = 500 * time.Millisecond // instead of an hour
 		events := mustWatch(t, s, "*")
 		time.Sleep(1200 * time.Millisecond) // idle is not cut off
 		deliversNext(t, s, events, "k")

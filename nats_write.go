@@ -2,12 +2,9 @@ package state
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -32,7 +29,7 @@ const (
 var errMoved = errors.New("the key was written by somebody else")
 
 // put writes m.value to a key whatever it holds, in at most three requests
-// however many others write it: as a rule one, conditional on the record that
+// however many others write it: usually one, conditional on the record that
 // this client knows, so that what it carries of that record is right. Where
 // others write the key, too, it reads the key first and then writes without a
 // condition, because conditional writes starve beside faster ones.
@@ -283,7 +280,7 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 
 var errBusy = errors.New("another write to the key is under way, and does not end")
 
-// moved is what a write is told whose base is gone.
+// moved is the error of a write whose base is gone.
 func (b *bucket) moved(inDoubt error) error {
 	if inDoubt != nil {
 		return unknownIf(inDoubt, nil)
@@ -304,7 +301,7 @@ func unknownIf(inDoubt, err error) error {
 }
 
 // waitForRemoval waits until the server has removed a record that it is about to
-// replace by a marker of its own: that would remove what is written meanwhile,
+// replace by its own marker: that would remove what is written meanwhile,
 // too.
 func (b *bucket) waitForRemoval(t *retryBudget, base record) error {
 	for b.settings.Load().MarkerTTL > 0 && base.leaving(b.clock.now()) {
@@ -424,58 +421,4 @@ func ackedSeq(ack []byte) (seq uint64, ok bool) {
 		}
 	}
 	return 0, false
-}
-
-// A probe asks the leader for the last sequence of a key, by a write that cannot
-// be stored: the refusal names the sequence, or says that a write to the key is
-// under way, which no read shows. It costs the leader a look at its index.
-func (b *bucket) probe(key string) *nats.Msg {
-	return &nats.Msg{Subject: b.route + b.prefix + ":probe", Header: nats.Header{
-		headerExpected:        {"9223372036854775807"},
-		headerExpectedSubject: {b.prefix + key},
-	}}
-}
-
-// probed reads the answer to a probe. It reports whether the sequence is known.
-func probed(msg *nats.Msg) (last uint64, ok bool) {
-	err := decodeAnswer(msg.Data, nil)
-	var api *jetstream.APIError
-	if !errors.As(err, &api) || api.ErrorCode != codeWrongSequence {
-		return 0, false
-	}
-	_, text, _ := strings.Cut(api.Description, ": ")
-	last, err = strconv.ParseUint(text, 10, 64)
-	return last, err == nil
-}
-
-// probeAll asks the leader for the last sequences of many keys at a time.
-func (b *bucket) probeAll(t *retryBudget, findings []finding) {
-	const window = 256
-	for part := range slices.Chunk(findings, window) {
-		e, err := b.connected(t)
-		if err != nil {
-			return
-		}
-		exchanges := make([]*exchange, len(part))
-		for i := range part {
-			exchanges[i] = b.expect()
-			msg := b.probe(part[i].t.key)
-			msg.Reply = exchanges[i].reply
-			_ = b.publish(msg)
-		}
-		ctx, cancel := context.WithTimeout(b.life, 2*ackTimeout)
-		for i, x := range exchanges {
-			select {
-			case answer := <-x.answer:
-				part[i].last, part[i].known = probed(answer)
-				t.progress()
-			case <-e.over:
-			case <-ctx.Done():
-			}
-		}
-		cancel()
-		for _, x := range exchanges {
-			b.forget(x)
-		}
-	}
 }

@@ -5,6 +5,14 @@ import (
 	"time"
 )
 
+const (
+	// defaultMaxValue is the documented limit of a value, "1MB".
+	defaultMaxValue = 1 << 20
+	// headerRoom is how much of a message is kept free for headers. NATS counts
+	// them in, so that by default a value can have this much less than 1 MiB.
+	headerRoom = 1 << 10
+)
+
 // maxKeyLen is the largest length of a key, in bytes.
 const maxKeyLen = 1024
 

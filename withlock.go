@@ -27,7 +27,7 @@ const (
 )
 
 // Acquire acquires a lock on any store. It waits while somebody holds the lock,
-// and through outages, until ctx ends. Those who wait are no queue: whoever comes
+// and through outages, until ctx ends. Waiters are not queued: the one that comes
 // first when the lock is released gets it.
 //
 // It returns [ErrClosed], [ErrInvalidKey] and [ErrInvalidTTL] at once, and
@@ -78,7 +78,7 @@ func acquire(ctx context.Context, store StateStore, key string, ttl time.Duratio
 	err := ctx.Err()
 	switch {
 	case failure == nil, failure == ErrLockExpired, failure == ErrLockHeld:
-		failure = contextError("lock", key, err)
+		failure = opError("lock", key, err)
 	case !errors.Is(failure, err):
 		failure = fmt.Errorf("state: lock %q: %w; the last failure: %w", key, err, failure)
 	}
@@ -255,7 +255,7 @@ func (r *renewer) freshen(ctx context.Context) error {
 	retry := backoff{max(min(r.ttl/20, minLockPause), minRenewal), maxLockPause}
 	for slow := 0; ; {
 		if err := ctx.Err(); err != nil {
-			return contextError("hold", r.lock.Key(), err)
+			return opError("hold", r.lock.Key(), err)
 		}
 		if time.Until(r.until) >= r.ttl-r.ttl/3 {
 			return nil
