@@ -487,3 +487,120 @@ func TestDraining(t *testing.T) {
 		t.Error("a Put succeeded on a closed connection")
 	}
 }
+
+// TestReadsAsOperatorsChange: a read sees what another client was just told is
+// written, also when a mirror of the bucket answers direct gets, and when the
+// bucket was given more replicas two seconds ago.
+func TestReadsAsOperatorsChange(t *testing.T) {
+	t.Parallel()
+	rounds := 1500
+	if *long > 0 {
+		rounds = 10_000
+	}
+	for name, alter := range map[string]func(*trouble) error{
+		"mirror": func(f *trouble) error {
+			return f.api("STREAM.CREATE.MIRROR", map[string]any{
+				"name": "MIRROR", "storage": "memory", "num_replicas": 1, "allow_direct": true, "mirror_direct": true,
+				"mirror": map[string]any{"name": "KV_proof"},
+			}, nil)
+		},
+		"replicas": func(f *trouble) error { return f.reconfigure("num_replicas", 3) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			servers := map[string]int{"mirror": 1, "replicas": 3}[name]
+			c := startCluster(t, servers, false)
+			f := &trouble{cluster: c, load: newLoad(nil)}
+			var stores []state.Store
+			for range 2 {
+				cl, err := c.connect()
+				if err != nil {
+					t.Fatal(err)
+				}
+				var s *state.NATSStore
+				if err := eventually(20*time.Second, func() error {
+					s, err = state.NewNATSStore(state.NATSStoreConfig{Conn: cl.nc, Bucket: "proof", Replicas: 1})
+					return err
+				}); err != nil {
+					t.Fatal(err)
+				}
+				defer s.Close()
+				stores = append(stores, s)
+			}
+			if err := f.reconfigure("description", "as it was"); err != nil {
+				t.Fatal(err)
+			}
+			if err := alter(f); err != nil {
+				t.Fatal(err)
+			}
+			c.recover(t.Context(), "KV_proof")
+			time.Sleep(2500 * time.Millisecond) // as promised
+			stale, missing := 0, 0
+			for i := range rounds {
+				key := fmt.Sprint("k", i)
+				for n := range 2 {
+					value := fmt.Sprint(n)
+					if err := stores[0].Put(key, []byte(value), 0); err != nil {
+						t.Fatal(err)
+					}
+					switch got, err := stores[1].Get(key); {
+					case err == state.ErrNotFound: //nolint:errorlint // bare
+						missing++
+					case err != nil:
+						t.Fatal(err)
+					case string(got) != value:
+						stale++
+					}
+				}
+			}
+			if stale+missing > 0 {
+				t.Errorf("of %d reads %d are stale and %d find nothing", 2*rounds, stale, missing)
+			}
+		})
+	}
+}
+
+// TestPutDoesNotStarve: a Put or Delete of a key that is written all the time by
+// those who are closer takes at most three requests and never fails.
+func TestPutDoesNotStarve(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t, 1, false)
+	near, _, err := c.open("proof")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer near.Close()
+	c.distance = func() distance { return distance{rtt: 10 * time.Millisecond} }
+	cl, err := c.connect()
+	if err != nil {
+		t.Fatal(err)
+	}
+	far, err := state.NewNATSStore(state.NATSStoreConfig{Conn: cl.nc, Bucket: "proof"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer far.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	var writers sync.WaitGroup
+	writers.Go(func() {
+		for n := 0; ctx.Err() == nil; n++ {
+			_ = near.Put("k", fmt.Append(nil, n), 0)
+			sleep(ctx, time.Millisecond)
+		}
+	})
+	before := far.Stats().Requests
+	const calls = 20
+	for i := range calls {
+		if err := far.Put("k", []byte("far"), 0); err != nil {
+			t.Errorf("put %d: %v", i, err)
+		}
+		if err := far.Delete("k"); err != nil {
+			t.Errorf("delete %d: %v", i, err)
+		}
+	}
+	cancel()
+	writers.Wait()
+	if requests := far.Stats().Requests - before; requests > 3*2*calls {
+		t.Errorf("%d puts and deletes took %d requests", 2*calls, requests)
+	}
+}
