@@ -394,7 +394,7 @@ func (r *requester) do(t *retryBudget, msg *nats.Msg, rep repetition) (answer *n
 		t.sent = now
 	}
 	if err := r.publish(msg); err != nil {
-		return nil, false, err
+		return nil, !refusedHere(err), err
 	}
 	w := waiter{r: r, t: t, subject: msg.Subject, sent: now, first: now}
 	x.timer.Reset(checkInterval)
@@ -475,6 +475,20 @@ func (r *requester) doMany(t *retryBudget, msg *nats.Msg, most int, last func(*n
 func (r *requester) publish(msg *nats.Msg) error {
 	r.stats.requests.Add(1)
 	return r.nc.PublishMsg(msg)
+}
+
+// refusedHere reports whether the client library has refused a message before
+// any of it was written.
+func refusedHere(err error) bool {
+	for _, refusal := range []error{
+		nats.ErrMaxPayload, nats.ErrBadSubject, nats.ErrHeadersNotSupported, nats.ErrConnectionClosed,
+		nats.ErrConnectionDraining, nats.ErrReconnectBufExceeded, nats.ErrInvalidConnection,
+	} {
+		if errors.Is(err, refusal) {
+			return true
+		}
+	}
+	return false
 }
 
 // noResponders reports whether an answer is the server's word that nobody
