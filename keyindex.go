@@ -9,7 +9,7 @@ import (
 // A keyIndex finds the keys of a MemoryStore by their beginning. It is built when
 // a pattern with a star is first asked for, and kept up from then on. If more
 // keys come and go than there were, and nobody asks, it is dropped rather than
-// kept up in vain.
+// kept up for nothing.
 //
 // The keys are in order, cut into blocks so that to insert one moves only a few.
 type keyIndex struct {

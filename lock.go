@@ -45,7 +45,7 @@ type lease struct {
 	released bool
 	refresh  *sharedRefresh // the one under way, nil if none is
 
-	turn chan struct{} // of one slot: held by whoever talks to the lessor; guards what follows
+	turn chan struct{} // of one slot: held by the call that talks to the lessor; guards what follows
 
 	// What the backend keeps here.
 	revision uint64 // of the record, as far as it is known

@@ -57,7 +57,7 @@ type memoryData struct {
 	lockRevision uint64
 	locks        map[string]*memoryLock
 	lapses       expiryQueue
-	waiters      map[string][]chan struct{} // of one slot: who waits for a lock
+	waiters      map[string][]chan struct{} // of one slot: those that wait for a lock
 }
 
 var _ Store = (*MemoryStore)(nil)
@@ -706,7 +706,7 @@ func (d *memoryData) wakeNext(key string) {
 	if waiting := d.waiters[key]; len(waiting) > 0 {
 		next := waiting[0]
 		d.dropWaiter(key, next)
-		next <- struct{}{} // it has room: who is queued has not been woken
+		next <- struct{}{} // it has room: a queued waiter has not been woken
 	}
 }
 

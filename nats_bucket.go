@@ -56,7 +56,7 @@ type bucketWant struct {
 // settings are what a bucket's operator decided, as they were at a time.
 type settings struct {
 	streamConfig
-	created time.Time // the stream's, which tells it from another of its name
+	created time.Time // the stream's, which distinguishes it from another of its name
 	checked time.Time
 	epoch   *epoch // of the connection that they came on
 	copies  bool   // mirrors of the stream are known
@@ -325,7 +325,7 @@ func (b *bucket) create(t *retryBudget) (*streamInfo, error) {
 	}
 	info, err := b.infoBy(t, "STREAM.CREATE", config)
 	if apiCode(err) == codeMaxConsumers {
-		config.MaxConsumers = -1 // the account has a limit of its own
+		config.MaxConsumers = -1 // the account has a limit
 		info, err = b.infoBy(t, "STREAM.CREATE", config)
 	}
 	for apiCode(err) == codeNameInUse || apiCode(err) == codeNoStream && t.wait(b.life) {

@@ -37,7 +37,7 @@ func (b *bucket) direct() bool {
 	return true
 }
 
-// directLast reads the last record of a key from whoever answers first. It
+// directLast reads the last record of a key from the first server that answers. It
 // reports whether the answer can be relied on.
 func (b *bucket) directLast(t *retryBudget, key string) (record, bool) {
 	answer, _, err := b.do(t, &nats.Msg{Subject: b.api + "DIRECT.GET." + b.stream + "." + b.prefix + key}, repeatable)

@@ -29,7 +29,7 @@ const (
 var errMoved = errors.New("the key was written by somebody else")
 
 // put writes m.value to a key whatever it holds, in at most three requests
-// however many others write it: as a rule one, conditional on the record that
+// however many others write it: usually one, conditional on the record that
 // this client knows, so that what it carries of that record is right. Where
 // others write the key, too, it reads the key first and then writes without a
 // condition, because conditional writes starve beside faster ones.
@@ -116,12 +116,15 @@ func (b *bucket) update(t *retryBudget, m mutation, revision uint64) (record, er
 		}
 		b.cache.learn(m.key, base)
 	}
-	for {
+	for tries := 0; ; tries++ {
 		current := base.revision
 		if current != 0 && !b.exists(t, &base) {
 			current = 0
 		}
 		if current != revision {
+			if tries == 0 {
+				b.stats.conflicts.Add(1)
+			}
 			return record{}, ErrConflict
 		}
 		r, err := b.commit(t, m, base, ifUnchanged)
@@ -222,7 +225,7 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 			if !t.wait(b.life) {
 				return record{}, unknownIf(inDoubt, err)
 			}
-			b.stats.retries.Add(1)
+			b.retrying(t, msg.Subject)
 			continue
 
 		case unfit:
@@ -273,14 +276,14 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 				}
 				return record{}, unknownIf(inDoubt, err)
 			}
-			b.stats.retries.Add(1)
+			b.retrying(t, msg.Subject)
 		}
 	}
 }
 
 var errBusy = errors.New("another write to the key is under way, and does not end")
 
-// moved is what a write is told whose base is gone.
+// moved is the error of a write whose base is gone.
 func (b *bucket) moved(inDoubt error) error {
 	if inDoubt != nil {
 		return unknownIf(inDoubt, nil)
@@ -301,7 +304,7 @@ func unknownIf(inDoubt, err error) error {
 }
 
 // waitForRemoval waits until the server has removed a record that it is about to
-// replace by a marker of its own: that would remove what is written meanwhile,
+// replace by its own marker: that would remove what is written meanwhile,
 // too.
 func (b *bucket) waitForRemoval(t *retryBudget, base record) error {
 	for b.settings.Load().MarkerTTL > 0 && base.leaving(b.clock.now()) {
@@ -327,7 +330,7 @@ var errLeaving = errors.New("the server is about to remove the key's last value,
 // encode makes the message for a mutation, within the bucket's limit.
 func (b *bucket) encode(m mutation, base record, pre precondition) (*nats.Msg, record, error) {
 	s := b.settings.Load()
-	e := encoder{rollup: s.rollup(), markers: s.MarkerTTL > 0, grace: expiryGrace, fixed: b.want.locks}
+	e := encoder{rollup: s.rollup(), history: s.PerKey != 1, markers: s.MarkerTTL > 0, grace: expiryGrace, fixed: b.want.locks}
 	if b.want.locks {
 		e.grace = 0 // nobody watches them
 	}
@@ -338,6 +341,15 @@ func (b *bucket) encode(m mutation, base record, pre precondition) (*nats.Msg, r
 		return nil, record{}, ErrValueTooLarge
 	}
 	return &nats.Msg{Subject: b.route + b.prefix + m.key, Header: hdr.Header, Data: m.value}, next, nil
+}
+
+// wrote returns the error of a write, and reports one of unknown outcome.
+func (b *bucket) wrote(verb, key string, err error) error {
+	if errors.Is(err, ErrOutcomeUnknown) {
+		b.stats.unknown.Add(1)
+		b.log.Warn("state: the outcome of a write is unknown", "operation", verb, "key", key, "error", err)
+	}
+	return opError(verb, key, err)
 }
 
 // send has the server store a message, and returns its sequence.

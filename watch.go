@@ -97,7 +97,7 @@ type subscription struct {
 	ended bool
 	// marks are the oldest and the newest progress that the reader has not come
 	// to. Those in between are of no use: a reader that is behind reaches the
-	// oldest one first, and by then there are newer ones.
+	// oldest one first, and there are newer ones when it does.
 	marks []mark
 }
 

@@ -27,7 +27,7 @@ const (
 )
 
 // Acquire acquires a lock on any store. It waits while somebody holds the lock,
-// and through outages, until ctx ends. Those who wait are no queue: whoever comes
+// and through outages, until ctx ends. Waiters are not queued: the one that comes
 // first when the lock is released gets it.
 //
 // It returns [ErrClosed], [ErrInvalidKey] and [ErrInvalidTTL] at once, and

@@ -32,6 +32,9 @@ type cluster struct {
 	routes map[[2]int]*proxy // from a node to another
 	admin  *nats.Conn        // to all servers, and through no proxy
 
+	distance func() distance // of the next client; nil for none
+	options  func() []nats.Option
+
 	mu      sync.Mutex // guards what follows
 	clients []*client
 	links   [][]*proxy
@@ -124,7 +127,7 @@ func startCluster(t testing.TB, size int, processes bool) *cluster {
 			if i == j {
 				continue
 			}
-			p, err := newProxy(fmt.Sprintf("127.0.0.1:%d", ports[size+j]))
+			p, err := newProxy(fmt.Sprintf("127.0.0.1:%d", ports[size+j]), distance{})
 			must(err)
 			c.routes[[2]int{i, j}] = p
 			routes = append(routes, "nats-route://"+p.addr())
@@ -279,8 +282,12 @@ func (c *cluster) stop() {
 func (c *cluster) connect() (*client, error) {
 	cl := &client{}
 	var urls []string
+	var d distance
+	if c.distance != nil {
+		d = c.distance()
+	}
 	for _, n := range c.nodes {
-		p, err := newProxy(n.addr)
+		p, err := newProxy(n.addr, d)
 		if err != nil {
 			return nil, err
 		}
@@ -298,6 +305,9 @@ func (c *cluster) connect() (*client, error) {
 	if number%2 == 0 { // some notice a dead link soon, some do not
 		opts = append(opts, nats.PingInterval(500*time.Millisecond))
 	}
+	if c.options != nil {
+		opts = append(opts, c.options()...)
+	}
 	var err error
 	if cl.nc, err = nats.Connect(strings.Join(urls, ","), opts...); err != nil {
 		return nil, err
@@ -308,21 +318,21 @@ func (c *cluster) connect() (*client, error) {
 	return cl, nil
 }
 
-// open returns a new store on a connection of its own.
-func (c *cluster) open(bucket string) (state.StateStore, error) {
+// open returns a new store on a connection of its own, and what opens further
+// ones on it.
+func (c *cluster) open(bucket string) (s state.Store, again func() (state.Store, error), err error) {
 	cl, err := c.connect()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
-		s, err := state.NewNATSStore(state.NATSStoreConfig{Conn: cl.nc, Bucket: bucket, Replicas: len(c.nodes)})
-		if err == nil {
-			return s, nil
-		}
-		if time.Now().After(end) {
-			return nil, err
-		}
+	again = func() (state.Store, error) {
+		return state.NewNATSStore(state.NATSStoreConfig{Conn: cl.nc, Bucket: bucket, Replicas: len(c.nodes)})
 	}
+	err = eventually(20*time.Second, func() error {
+		s, err = again()
+		return err
+	})
+	return s, again, err
 }
 
 // leader returns the number of the stream's leader, -1 if there is none.

@@ -135,6 +135,8 @@ type lockVerb int
 const (
 	lockTake    lockVerb = iota // Lock granted it
 	lockHeld                    // Lock said ErrLockHeld
+	lockHolder                  // LockHolder named its token
+	lockFree                    // LockHolder said ErrNotFound
 	lockRefresh                 // Refresh extended it
 	lockRelease                 // Unlock released it
 	lockLapse                   // the lease ended by itself, if it still was there
@@ -170,6 +172,11 @@ var lockModel = porcupine.Model{
 			return is.holder == 0 && in.token > is.top, lockState{in.token, in.token}
 		case lockHeld:
 			return is.holder != 0, is
+		case lockHolder:
+			// The token of a grant whose answer was lost only LockHolder tells.
+			return is.holder == in.token || is.holder >= nobodyKnows, is
+		case lockFree:
+			return is.holder == 0, is
 		case lockRefresh:
 			return is.holder == in.token, is
 		case lockRelease:
@@ -185,7 +192,7 @@ var lockModel = porcupine.Model{
 	},
 	DescribeOperation: func(input, output any) string {
 		in, out := input.(lockInput), output.(lockOutput)
-		text := [...]string{"lock", "lock: held", "refresh", "unlock", "lapse"}[in.verb]
+		text := [...]string{"lock", "lock: held", "holder", "holder: none", "refresh", "unlock", "lapse"}[in.verb]
 		if in.token != 0 {
 			text += fmt.Sprintf(" %d", in.token)
 		}
@@ -284,7 +291,8 @@ func (h *history) check(windows []window, limit time.Duration) verdict {
 	}
 	for name, ops := range h.locks {
 		v.checkOne("lock "+name, lockModel, ops, windows, limit, func(op porcupine.Operation) (read bool) {
-			return op.Input.(lockInput).verb == lockHeld
+			verb := op.Input.(lockInput).verb
+			return verb == lockHeld || verb == lockHolder || verb == lockFree
 		})
 	}
 	for name, grants := range h.grants {
@@ -378,7 +386,7 @@ func smallest(model porcupine.Model, ops []porcupine.Operation, limit time.Durat
 func idle(op porcupine.Operation, others []porcupine.Operation) bool {
 	switch in := op.Input.(type) {
 	case lockInput:
-		return in.verb == lockHeld || in.verb == lockRefresh
+		return in.verb == lockHeld || in.verb == lockHolder || in.verb == lockFree || in.verb == lockRefresh
 	case regInput:
 		if in.verb == regGet || op.Output.(regOutput).conflict {
 			return true

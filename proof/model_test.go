@@ -120,6 +120,29 @@ func (m *model) delete(key string) error {
 	return err
 }
 
+func (m *model) deleteRevision(key string, revision uint64) error {
+	e, err := m.get(key)
+	switch {
+	case err == state.ErrNotFound, err == nil && e.revision != revision:
+		return state.ErrConflict
+	case err != nil:
+		return err
+	}
+	return m.delete(key)
+}
+
+func (m *model) holder(name string) (*modelLease, error) {
+	switch l := m.locks[name]; {
+	case m.closed:
+		return nil, state.ErrClosed
+	case !validKey(name):
+		return nil, state.ErrInvalidKey
+	case l != nil && !l.released && l.deadline.After(m.now):
+		return l, nil
+	}
+	return nil, state.ErrNotFound
+}
+
 func (m *model) keys(pattern string) ([]string, error) {
 	if m.closed {
 		return nil, state.ErrClosed

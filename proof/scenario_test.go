@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
+
 	"example.com/state"
 )
 
@@ -19,6 +21,10 @@ type scenario struct {
 	servers   int // 0 for MemoryStore
 	processes bool
 	fault     func(context.Context, *trouble) // nil for none
+	distance  func() distance                 // between a client and its servers; nil for none
+	options   func() []nats.Option            // of a client's connection
+	adjust    func(*load)
+	beside    func(context.Context, *trouble) // what else happens all the time; nil for nothing
 }
 
 // A trouble is what a fault works on.
@@ -31,12 +37,29 @@ type trouble struct {
 	faults  int
 	windows []window
 	told    []string // what was done when
+	notes   []string
 }
 
 func (f *trouble) tell(format string, args ...any) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.told = append(f.told, fmt.Sprintf("%.3f: ", float64(f.load.now())/1e9)+fmt.Sprintf(format, args...))
+}
+
+// note keeps something to be printed at the end.
+func (f *trouble) note(format string, args ...any) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.notes = append(f.notes, fmt.Sprintf(format, args...))
+}
+
+func (f *trouble) about() []string {
+	if f == nil {
+		return nil
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.notes
 }
 
 // count counts one fault that was injected.
@@ -196,7 +219,7 @@ type result struct {
 	ops, refused, unknown int
 	histories, undecided  int
 	cycles, ttls, events  int64
-	listings, estimates   int64
+	listings, caches, cut int64
 	faults                int
 	stale                 []staleRead
 	broken                []string
@@ -212,7 +235,8 @@ func (r *result) add(x result) {
 	r.ttls += x.ttls
 	r.events += x.events
 	r.listings += x.listings
-	r.estimates += x.estimates
+	r.caches += x.caches
+	r.cut += x.cut
 	r.faults += x.faults
 	r.stale = append(r.stale, x.stale...)
 	r.broken = append(r.broken, x.broken...)
@@ -223,8 +247,8 @@ func (r result) String() string {
 	for _, s := range r.stale {
 		latest = max(latest, s.after)
 	}
-	text := fmt.Sprintf("%d operations (%d failed cleanly, %d of unknown outcome), %d histories checked (%d undecided), %d lock cycles, %d expiries, %d listings, %d events (%d told of when they were written by an estimate), %d faults, %d broken rules",
-		r.ops, r.refused, r.unknown, r.histories, r.undecided, r.cycles, r.ttls, r.listings, r.events, r.estimates, r.faults, len(r.broken))
+	text := fmt.Sprintf("%d operations (%d failed cleanly, %d of unknown outcome), %d histories checked (%d undecided), %d lock cycles, %d expiries, %d listings, %d events, %d reads of a cache, %d calls cut short, %d faults, %d broken rules",
+		r.ops, r.refused, r.unknown, r.histories, r.undecided, r.cycles, r.ttls, r.listings, r.events, r.caches, r.cut, r.faults, len(r.broken))
 	if len(r.stale) > 0 {
 		text += fmt.Sprintf(", %d stale reads through a leader cut off, the last %.1f s after the cut", len(r.stale), latest.Seconds())
 	}
@@ -239,19 +263,28 @@ func (sc scenario) run(t *testing.T, d time.Duration) (r result) {
 	if sc.servers == 0 {
 		s := state.NewMemoryStore()
 		defer s.Close()
-		l = newLoad(func() (state.StateStore, error) { return shared{s}, nil })
+		again := func() (state.Store, error) { return s.Client(), nil }
+		l = newLoad(func() (state.Store, func() (state.Store, error), error) { return s.Client(), again, nil })
 		l.pace = 100 * time.Microsecond
 		l.epoch = 100 * time.Millisecond
 	} else {
 		c := startCluster(t, sc.servers, sc.processes)
-		l = newLoad(func() (state.StateStore, error) { return c.open("proof") })
+		c.distance, c.options = sc.distance, sc.options
+		l = newLoad(func() (state.Store, func() (state.Store, error), error) { return c.open("proof") })
 		f = &trouble{cluster: c, load: l, streams: []string{"KV_proof", "KV_proof-locks"}}
+	}
+	l.quiet = sc.fault == nil
+	if sc.adjust != nil {
+		sc.adjust(l)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	var wg sync.WaitGroup
 	err := l.run(ctx, func() {
 		time.AfterFunc(d, cancel)
+		if sc.beside != nil {
+			wg.Go(func() { sc.beside(ctx, f) })
+		}
 		if sc.fault == nil {
 			return
 		}
@@ -271,6 +304,9 @@ func (sc scenario) run(t *testing.T, d time.Duration) (r result) {
 	if f != nil {
 		windows, r.faults = f.windows, f.faults
 	}
+	for _, s := range f.about() {
+		t.Logf("%s: %s", sc.name, s)
+	}
 	v := l.check(windows, 20*time.Second)
 	r.histories, r.undecided, r.stale = v.histories, v.undecided, v.stale
 	r.broken = append(l.broken, v.faults...)
@@ -281,7 +317,7 @@ func (sc scenario) run(t *testing.T, d time.Duration) (r result) {
 			r.broken = append(r.broken, w.text)
 		}
 	}
-	r.listings, r.estimates = l.listings.Load(), l.estimates.Load()
+	r.listings, r.caches, r.cut = l.listings.Load(), l.cacheReads.Load(), l.cutShort.Load()
 	r.ops, r.refused, r.unknown = l.done, l.refused, l.unknown
 	r.cycles, r.ttls, r.events = l.lockCycles.Load(), l.ttlChecks.Load(), l.events.Load()
 	t.Logf("%s: %v", sc.name, r)
@@ -317,15 +353,25 @@ func (l *load) explain(t *testing.T, broken []string, f *trouble) {
 	}
 }
 
-// shared is a MemoryStore that several clients share: only the last Close is
-// meant.
-type shared struct{ *state.MemoryStore }
-
-func (shared) Close() error { return nil }
-
 var scenarios = []scenario{
 	{name: "memory"},
 	{name: "one-server", servers: 1},
+	{name: "one-server-far", servers: 1, distance: far, adjust: atADistance},
+	{name: "one-server-narrow", servers: 1, distance: narrow, adjust: func(l *load) {
+		atADistance(l)
+		l.big, l.pace, l.patience, l.watchers = 256<<10, 50*time.Millisecond, 90*time.Second, 2
+	}},
+	{name: "one-server-traffic", servers: 1, beside: traffic, adjust: func(l *load) { l.timers = 4 }},
+	{name: "one-server-far-traffic", servers: 1, distance: far, beside: traffic, adjust: func(l *load) { atADistance(l); l.timers = 4 }},
+	{name: "one-server-busy", servers: 1, beside: burn},
+	{name: "one-server-connections", servers: 1, options: anyOptions},
+	{name: "one-server-numbers", servers: 1, beside: numbers, adjust: func(l *load) { l.keys, l.lockers = 2, 2 }},
+	{name: "one-server-operators", servers: 1, fault: operate(
+		raiseHistory, setMaxAge, mirror, stepBack), adjust: func(l *load) { l.loose = true }},
+	{name: "three-servers-operators", servers: 3, fault: operate(
+		replicas, raiseHistory, setMaxAge, mirror, stepBack), adjust: func(l *load) { l.loose = true }},
+	{name: "three-servers-far", servers: 3, distance: far, adjust: atADistance},
+	{name: "three-servers-traffic", servers: 3, beside: traffic, adjust: func(l *load) { l.timers = 4 }},
 	{name: "one-server-restarts", servers: 1, fault: restart(false)},
 	{name: "one-server-kills", servers: 1, processes: true, fault: restart(true)},
 	{name: "one-server-pauses", servers: 1, processes: true, fault: pause},
@@ -344,5 +390,8 @@ var scenarios = []scenario{
 		stepDown, restart(false), restart(true), pause, stallRoutes,
 		isolateServer((*proxy).freeze, time.Second, 10*time.Second), isolateServer((*proxy).sever, time.Second, 10*time.Second),
 		cutClients((*proxy).freeze), cutClients((*proxy).sever),
+	)},
+	{name: "three-servers-far-anything", servers: 3, processes: true, distance: far, beside: traffic, adjust: atADistance, fault: anything(
+		stepDown, restart(false), restart(true), pause, cutClients((*proxy).freeze), cutClients((*proxy).sever),
 	)},
 }

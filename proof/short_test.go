@@ -12,6 +12,7 @@ import (
 // of them, for as long as one likes.
 func TestHistories(t *testing.T) {
 	for _, name := range []string{"memory", "one-server", "one-server-restarts", "one-server-kills", "one-server-clients-frozen",
+		"one-server-far-traffic", "one-server-narrow", "one-server-connections", "one-server-operators",
 		"three-servers-step-downs", "three-servers-isolated-cut", "three-servers-kills"} {
 		sc := scenarioNamed(name)
 		t.Run(sc.name, func(t *testing.T) {
@@ -46,7 +47,7 @@ func scenarioNamed(name string) scenario {
 func TestIsolatedLeader(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t, 3, false)
-	dial := func() (state.StateStore, *client) {
+	dial := func() (state.Store, *client) {
 		cl, err := c.connect()
 		if err != nil {
 			t.Fatal(err)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,32 +17,46 @@ import (
 // A load is concurrent clients at work, whose every step is recorded.
 type load struct {
 	*history
-	open func() (state.StateStore, error)
+	// open returns a store on a connection of its own, and a function that opens
+	// further ones on this connection.
+	open func() (s state.Store, again func() (state.Store, error), err error)
 
 	keys, lockers, timers, watchers int // clients of each kind
 	pace                            time.Duration
 	epoch                           time.Duration // how long a key is used before the next one, so that histories stay short
+	big                             int           // the largest value
+	patience                        time.Duration // how long watches may take to catch up at the end
+	quiet                           bool          // no faults: calls that are cut short must return at once
+	loose                           bool          // settings change that entries depend on
 
-	revisions sync.Map // of every revision that anybody was shown, what it was
-	mu        sync.Mutex
-	broken    []string // rules that were broken
+	sightings sync.Map // of every revision that anybody was shown, what it was
+	lag       atomic.Int64
+	mu        sync.Mutex // guards what follows
+	broken    []string   // rules that were broken
 	watched   []*watched
-	acked     map[string]map[string]bool // the values whose writes were acknowledged, by key
-	writes    map[string]map[string]bool // the values that were written, by key
+	written   map[string][]*write          // by key, in the order of the calls
+	values    map[string]map[string]*write // by key and value
 
 	wrongLists []wrongList
 	notes      []string
 
-	lockCycles, ttlChecks, events, listings, estimates atomic.Int64
-	cut                                                atomic.Bool // a client was cut off: events may be missing
+	lockCycles, ttlChecks, events, listings, cacheReads, cutShort atomic.Int64
+	cut                                                           atomic.Bool // a client was cut off
 }
 
-func newLoad(open func() (state.StateStore, error)) *load {
+// A write is one that was tried.
+type write struct {
+	value     string // "" for a deletion
+	ttl       time.Duration
+	call, ret int64 // ret is never unless it was acknowledged
+}
+
+func newLoad(open func() (state.Store, func() (state.Store, error), error)) *load {
 	return &load{
 		history: newHistory(), open: open,
-		keys: 5, lockers: 4, timers: 1, watchers: 2,
-		pace: time.Millisecond, epoch: time.Second,
-		acked: map[string]map[string]bool{}, writes: map[string]map[string]bool{},
+		keys: 5, lockers: 4, timers: 1, watchers: 4,
+		pace: time.Millisecond, epoch: time.Second, patience: 20 * time.Second,
+		written: map[string][]*write{}, values: map[string]map[string]*write{},
 	}
 }
 
@@ -56,35 +71,41 @@ func (l *load) broke(format string, args ...any) {
 // run opens the clients, has them work until ctx is done, and returns when all
 // of them are through. ready is called when they are open.
 func (l *load) run(ctx context.Context, ready func()) error {
-	var stores []state.StateStore
+	var stores []state.Store
 	defer func() {
 		for _, s := range stores {
 			_ = s.Close()
 		}
 	}()
 	total := l.keys + l.lockers + l.timers + l.watchers + 2
+	var again func() (state.Store, error)
 	for range total {
-		s, err := l.open()
+		s, more, err := l.open()
 		if err != nil {
 			return err
 		}
 		stores = append(stores, s)
+		again = more
 	}
 	reader := stores[total-1]
 	watching, unwatch := context.WithCancel(context.Background())
 	defer unwatch()
 	watchStart := l.keys + l.lockers + l.timers
 	for i := range l.watchers {
-		w := &watched{pattern: []string{"*", "reg*", "reg.*"}[i%3], slow: i%2 == 1, seen: make(chan struct{}, 1)}
-		events, err := stores[watchStart+i].(state.ContextWatcher).WatchContext(watching, w.pattern)
-		if err != nil {
-			return fmt.Errorf("watch: %w", err)
+		w := &watched{pattern: []string{"*", "reg*", "*", "reg.*"}[i%4], slow: i%4 == 1, follow: i%4 > 1}
+		if err := w.start(watching, l, stores[watchStart+i]); err != nil {
+			return err
 		}
 		l.watched = append(l.watched, w)
-		w.done.Go(func() { w.read(l, events) })
 	}
+	cache, err := state.NewCache(watching, stores[watchStart], "*")
+	if err != nil {
+		return fmt.Errorf("cache: %w", err)
+	}
+	defer cache.Close()
 	ready()
 	var wg sync.WaitGroup
+	wg.Go(func() { l.measureLag(ctx) })
 	for i := range l.keys {
 		wg.Go(func() { l.useKeys(ctx, i, stores[i]) })
 	}
@@ -95,10 +116,13 @@ func (l *load) run(ctx context.Context, ready func()) error {
 		for j := range 4 {
 			wg.Go(func() { l.useTTLs(ctx, 100*j+l.keys+l.lockers+i, stores[l.keys+l.lockers+i]) })
 		}
+		wg.Go(func() { l.refreshKey(ctx, 1000+i, stores[l.keys+l.lockers+i]) })
 	}
 	wg.Go(func() { l.useLists(ctx, total, stores[total-2], stores[total-3]) }) // on a watcher's connection
+	wg.Go(func() { l.useCache(ctx, total+1, stores[total-2], cache) })
+	wg.Go(func() { l.closeStores(ctx, total+2, again) })
 	wg.Wait()
-	l.endWatches(reader)
+	l.endWatches(reader, cache)
 	unwatch()
 	for _, w := range l.watched {
 		w.done.Wait()
@@ -106,34 +130,22 @@ func (l *load) run(ctx context.Context, ready func()) error {
 	return nil
 }
 
-// A revision is what a reader was shown of one.
-type revision struct {
-	key, value        string
-	created, modified time.Time
-	event             bool
+// measureLag notes by how much too late the processor lets a goroutine go on:
+// deadlines of this load are that much later.
+func (l *load) measureLag(ctx context.Context) {
+	for ctx.Err() == nil {
+		began := time.Now()
+		l.rest(ctx, 0)
+		time.Sleep(10 * time.Millisecond)
+		if late := int64(time.Since(began) - 10*time.Millisecond); late > l.lag.Load() {
+			l.lag.Store(late)
+		}
+	}
 }
 
-// show holds what a reader was shown against what others were. An event of what
-// was replaced at once has an estimate of when it was written.
-func (l *load) show(kv *state.KeyValue, event bool) {
-	is := revision{kv.Key, string(kv.Value), kv.Created, kv.Modified, event}
-	if before, known := l.revisions.LoadOrStore(kv.Revision, is); known {
-		was := before.(revision)
-		same := was.modified.Equal(is.modified)
-		if was.key != is.key || was.value != is.value || !was.created.Equal(is.created) || !same && !was.event && !event {
-			l.broke("revision %d was %+v to one reader and %+v to another", kv.Revision, was, is)
-		}
-		if !same {
-			l.estimates.Add(1)
-		}
-		if was.event && !event {
-			l.revisions.Store(kv.Revision, is)
-		}
-	}
-	if kv.Value == nil || kv.Created.IsZero() || kv.Modified.Before(kv.Created) || kv.Operation != state.OpPut || kv.Revision == 0 {
-		l.broke("malformed entry %+v", kv)
-	}
-}
+// slack is how much later than promised something may be, as far as the
+// processor is to blame.
+func (l *load) slack() time.Duration { return 5 * time.Duration(l.lag.Load()) }
 
 // note remembers an error for those who ask why.
 func (l *load) note(client int, format string, args ...any) {
@@ -142,20 +154,46 @@ func (l *load) note(client int, format string, args ...any) {
 	l.notes = append(l.notes, fmt.Sprintf("%.3f: client %d: ", float64(l.now())/1e9, client)+fmt.Sprintf(format, args...))
 }
 
-func (l *load) wrote(set map[string]map[string]bool, key, value string) {
+// write records that a value is about to be written, "" for a deletion.
+func (l *load) write(key, value string, ttl time.Duration) *write {
+	w := &write{value: value, ttl: ttl, call: l.now(), ret: never}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if set[key] == nil {
-		set[key] = map[string]bool{}
+	l.written[key] = append(l.written[key], w)
+	if value != "" {
+		if l.values[key] == nil {
+			l.values[key] = map[string]*write{}
+		}
+		l.values[key][value] = w
 	}
-	set[key][value] = true
+	return w
+}
+
+// acked records that a write was acknowledged.
+func (l *load) acked(w *write) {
+	ret := l.now()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	w.ret = ret
+}
+
+// value returns a value that no other write has.
+func (l *load) value(client, n int) string {
+	value := fmt.Sprintf("%d.%d", client, n)
+	if l.big > 0 && rand.IntN(20) == 0 {
+		value += "." + strings.Repeat("x", rand.IntN(l.big-len(value)))
+	}
+	return value
 }
 
 // unexpected checks an error that is not one of the documented outcomes. It
 // reports whether the outcome is unknown.
 func (l *load) unexpected(verb string, err error) (unknown bool) {
+	if errors.Is(err, state.ErrClosed) && errors.Is(err, state.ErrOutcomeUnknown) {
+		return true
+	}
 	for _, bare := range []error{state.ErrNotFound, state.ErrClosed, state.ErrLockHeld, state.ErrLockNotHeld, state.ErrLockExpired,
-		state.ErrInvalidKey, state.ErrInvalidTTL, state.ErrWatchClosed, state.ErrConflict, state.ErrValueTooLarge} {
+		state.ErrInvalidKey, state.ErrInvalidTTL, state.ErrWatchClosed, state.ErrConflict, state.ErrValueTooLarge, state.ErrStoreFull} {
 		if errors.Is(err, bare) {
 			l.broke("%s returned %q", verb, err)
 		}
@@ -165,7 +203,7 @@ func (l *load) unexpected(verb string, err error) (unknown bool) {
 
 // bounded checks that a call did not block for longer than promised.
 func (l *load) bounded(verb string, call int64) {
-	if took := time.Duration(l.now() - call); took > 11*time.Second {
+	if took := time.Duration(l.now() - call); took > 11*time.Second+l.slack() {
 		l.broke("%s took %v", verb, took)
 	}
 }
@@ -184,7 +222,7 @@ func (l *load) rest(ctx context.Context, d time.Duration) {
 }
 
 // useKeys reads and writes registers.
-func (l *load) useKeys(ctx context.Context, client int, s state.StateStore) {
+func (l *load) useKeys(ctx context.Context, client int, s state.Store) {
 	type known struct {
 		value    string
 		revision uint64
@@ -193,50 +231,88 @@ func (l *load) useKeys(ctx context.Context, client int, s state.StateStore) {
 	ttls := []time.Duration{0, time.Hour, 90*time.Minute + 1}
 	for n := 0; ctx.Err() == nil; n++ {
 		key := l.name("reg")
-		value := fmt.Sprintf("%d.%d", client, n)
+		value := l.value(client, n)
 		ttl := ttls[rand.IntN(len(ttls))]
 		in, out := regInput{value: value}, regOutput{}
 		var err error
+		var w *write // of a value, or a deletion
+		bound, end := s, func(int64, error) {}
+		if rand.IntN(20) == 0 {
+			bound, end = l.bind(s)
+		}
 		call := l.now()
 		p := rand.IntN(100)
 		if client == 0 {
 			p = rand.IntN(40) // one only reads, so that it is never held up by a write
 		}
 		switch {
-		case p < 40:
+		case p < 20:
 			in = regInput{verb: regGet}
-			if p < 20 {
-				var kv *state.KeyValue
-				if kv, err = s.GetKeyValue(key); err == nil {
-					l.show(kv, false)
-					seen[key] = known{string(kv.Value), kv.Revision}
-					out.value = string(kv.Value)
-				}
-			} else {
-				var got []byte
-				got, err = s.Get(key)
-				out.value = string(got)
+			var kv *state.KeyValue
+			if kv, err = bound.GetKeyValue(key); err == nil {
+				l.show(kv)
+				seen[key] = known{string(kv.Value), kv.Revision}
+				out.value = string(kv.Value)
 			}
-			if err == state.ErrNotFound {
-				seen[key] = known{}
-				err = nil
+		case p < 35:
+			in = regInput{verb: regGet}
+			var got []byte
+			got, err = bound.Get(key)
+			out.value = string(got)
+		case p < 40:
+			in = regInput{verb: regGet} // as a listing of the one key
+			var got []*state.KeyValue
+			if got, err = bound.Entries(key); err == nil && len(got) == 1 {
+				l.show(got[0])
+				out.value = string(got[0].Value)
+			} else if err == nil && len(got) > 1 {
+				l.broke("entries of %s: %d of them", key, len(got))
 			}
-		case p < 65:
+		case p < 62:
 			in.verb = regPut
-			l.wrote(l.writes, key, value)
-			err = s.Put(key, []byte(value), ttl)
-		case p < 78:
+			w = l.write(key, value, ttl)
+			err = bound.Put(key, []byte(value), ttl)
+		case p < 72:
 			in.verb, in.value = regDelete, ""
-			err = s.Delete(key)
+			w = l.write(key, "", 0)
+			err = bound.Delete(key)
+		case p < 78: // a deletion of a revision is an update to nothing
+			last := seen[key]
+			if last.revision == 0 {
+				continue
+			}
+			in = regInput{verb: regUpdate, old: last.value}
+			w = l.write(key, "", 0)
+			delete(seen, key)
+			if err = bound.DeleteRevision(key, last.revision); err == state.ErrConflict {
+				out.conflict, err = true, nil
+			}
+		case p < 86:
+			in.verb = regUpdate
+			w = l.write(key, value, ttl)
+			var revision uint64
+			var old *state.KeyValue
+			revision, err = l.modify(bound, key, func(kv *state.KeyValue) ([]byte, time.Duration, error) {
+				if old = kv; kv != nil {
+					l.show(kv)
+				}
+				return []byte(value), ttl, nil
+			})
+			if old != nil {
+				in.old = string(old.Value)
+				if err == nil && revision <= old.Revision {
+					l.broke("modify of %s: revision %d after %d", key, revision, old.Revision)
+				}
+			}
 		default:
 			last, ok := seen[key]
 			if !ok {
 				continue
 			}
 			in.verb, in.old = regUpdate, last.value
-			l.wrote(l.writes, key, value)
+			w = l.write(key, value, ttl)
 			var revision uint64
-			revision, err = s.(state.Updater).Update(key, []byte(value), ttl, last.revision)
+			revision, err = bound.Update(key, []byte(value), ttl, last.revision)
 			switch err {
 			case nil:
 				if revision <= last.revision {
@@ -248,11 +324,16 @@ func (l *load) useKeys(ctx context.Context, client int, s state.StateStore) {
 				out.conflict, err = true, nil
 			}
 		}
+		if err == state.ErrNotFound && in.verb == regGet {
+			seen[key] = known{}
+			err = nil
+		}
 		l.bounded(fmt.Sprint("register operation ", in.verb), call)
+		end(call, err)
 		switch {
 		case err == nil:
-			if in.verb == regPut || in.verb == regUpdate && !out.conflict {
-				l.wrote(l.acked, key, value)
+			if w != nil && !out.conflict {
+				l.acked(w)
 			}
 			l.register(client, key, in, call, out)
 		case l.unexpected("key "+key, err) && in.verb != regGet:
@@ -265,35 +346,225 @@ func (l *load) useKeys(ctx context.Context, client int, s state.StateStore) {
 	}
 }
 
+// modify is state.Modify with the context that the store is bound to, if it is.
+func (l *load) modify(s state.Store, key string, fn func(*state.KeyValue) ([]byte, time.Duration, error)) (uint64, error) {
+	ctx := context.Background()
+	if b, ok := s.(boundStore); ok {
+		ctx = b.ctx
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	return state.Modify(ctx, s, key, fn)
+}
+
+// A boundStore knows what it is bound to.
+type boundStore struct {
+	state.Store
+	ctx context.Context
+}
+
+// bind returns a store whose calls are cut short at a random time, and what
+// checks how they were.
+func (l *load) bind(s state.Store) (state.Store, func(call int64, err error)) {
+	ctx, cancel := context.WithTimeout(context.Background(), rand.N(4*l.pace+time.Millisecond))
+	return boundStore{s.WithContext(ctx), ctx}, func(call int64, err error) {
+		defer cancel()
+		over, _ := ctx.Deadline()
+		if late := time.Since(over); late > time.Second+l.slack() && l.quiet {
+			l.broke("a call whose context had ended went on for %v", late)
+		}
+		if err == nil || ctx.Err() == nil || l.unexpectedly(err) {
+			return
+		}
+		l.cutShort.Add(1)
+		if l.quiet && !errors.Is(err, context.DeadlineExceeded) {
+			l.broke("a call was cut short by its context and returned %q", err)
+		}
+	}
+}
+
+// unexpectedly reports whether an error is a documented outcome.
+func (l *load) unexpectedly(err error) bool {
+	return err == state.ErrConflict || err == state.ErrNotFound //nolint:errorlint // bare
+}
+
+// closeStores opens stores and closes them while they are used.
+func (l *load) closeStores(ctx context.Context, client int, open func() (state.Store, error)) {
+	for n := 0; ctx.Err() == nil; n++ {
+		s, err := open()
+		if err != nil {
+			l.rest(ctx, 200*time.Millisecond)
+			continue
+		}
+		var wg sync.WaitGroup
+		closing := make(chan struct{})
+		for i := range 4 {
+			wg.Go(func() {
+				for j := 0; ; j++ {
+					key, value := l.name("reg"), fmt.Sprintf("%d.%d.%d.%d", client, n, i, j)
+					w := l.write(key, value, 0)
+					call := l.now()
+					err := s.Put(key, []byte(value), 0)
+					l.bounded("put", call)
+					in, out := regInput{verb: regPut, value: value}, regOutput{}
+					switch {
+					case err == nil:
+						l.acked(w)
+						l.register(client+10*i, key, in, call, out)
+					case err == state.ErrClosed: //nolint:errorlint // bare
+						l.refuse()
+						select {
+						case <-closing:
+						default:
+							l.broke("put returned %q before Close", err)
+						}
+						return
+					case l.unexpected("put", err):
+						out.unknown = true
+						l.register(client+10*i, key, in, call, out)
+					default:
+						l.refuse()
+					}
+					l.rest(ctx, 4*l.pace)
+				}
+			})
+		}
+		l.rest(ctx, 50*time.Millisecond)
+		close(closing)
+		began := time.Now()
+		if err := s.Close(); err != nil {
+			l.broke("close: %v", err)
+		}
+		wg.Wait()
+		if took := time.Since(began); took > 2*time.Second+10*l.pace+l.slack() {
+			l.broke("calls went on for %v after Close", took)
+		}
+		l.rest(ctx, 500*time.Millisecond)
+	}
+}
+
 // lapseSlack is how much later than its TTL a lease may end, with servers that
 // are busy or gone for a while.
 const lapseSlack = 20 * time.Second
 
 // useLocks takes and releases locks, and holds what they protect against two
 // holders.
-func (l *load) useLocks(ctx context.Context, client int, s state.StateStore) {
+func (l *load) useLocks(ctx context.Context, client int, s state.Store) {
 	for n := 0; ctx.Err() == nil; n++ {
 		name := fmt.Sprintf("lock.%d.%d", l.now()/int64(time.Second), rand.IntN(3))
 		ttl := 100*time.Millisecond + rand.N(900*time.Millisecond)
+		token := uint64(nobodyKnows) + uint64(client)<<32 + uint64(n) // if it is not known
 		call := l.now()
-		lock, err := s.Lock(name, ttl)
-		l.bounded("lock", call)
-		switch {
-		case err == nil:
-			l.hold(ctx, client, name, ttl, call, lock)
-		case err == state.ErrLockHeld:
-			l.lock(client, name, lockInput{verb: lockHeld}, call, l.now(), false)
-		case err == state.ErrLockExpired || l.unexpected("lock", err):
-			// It may have been held for a while, or will be. (ErrLockExpired says
-			// that the lease had lapsed before it could be handed over.)
-			token := uint64(nobodyKnows) + uint64(client)<<32 + uint64(n)
+		// It may have been held for a while, or will be.
+		inDoubt := func() {
 			l.lock(client, name, lockInput{lockTake, token}, call, never, true)
 			l.lock(client, name, lockInput{lockLapse, token}, call+int64(ttl), never, false)
+		}
+		switch p := rand.IntN(10); {
+		case p == 0:
+			l.awaitAndHold(client, s, name, ttl, inDoubt)
+		case p == 1:
+			l.askHolder(client, s, name)
 		default:
-			l.refuse()
+			lock, err := s.Lock(name, ttl)
+			l.bounded("lock", call)
+			switch {
+			case err == nil:
+				l.hold(ctx, client, name, ttl, call, lock)
+			case err == state.ErrLockHeld:
+				l.lock(client, name, lockInput{verb: lockHeld}, call, l.now(), false)
+			case err == state.ErrLockExpired || l.unexpected("lock", err):
+				// (ErrLockExpired says that the lease had lapsed before it could be
+				// handed over.)
+				inDoubt()
+			default:
+				l.refuse()
+			}
 		}
 		l.rest(ctx, 2*l.pace)
 	}
+}
+
+// askHolder asks who holds a lock.
+func (l *load) askHolder(client int, s state.Store, name string) {
+	call := l.now()
+	info, err := s.LockHolder(name)
+	l.bounded("lock holder", call)
+	switch {
+	case err == nil:
+		if info.Key != name || info.Owner == "" {
+			l.broke("lock %s: its holder is %+v", name, info)
+		}
+		l.lock(client, name, lockInput{lockHolder, info.Token}, call, l.now(), false)
+	case err == state.ErrNotFound: //nolint:errorlint // bare
+		l.lock(client, name, lockInput{verb: lockFree}, call, l.now(), false)
+	default:
+		l.unexpected("lock holder", err)
+		l.refuse()
+	}
+}
+
+// awaitAndHold waits for a lock and works under it for a while. Whatever it
+// refreshes it does by itself.
+func (l *load) awaitAndHold(client int, s state.Store, name string, ttl time.Duration, inDoubt func()) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*ttl)
+	defer cancel()
+	call := l.now()
+	if !l.quiet {
+		inDoubt() // of the attempts only the last one is known
+	}
+	lock, err := state.Acquire(ctx, s, name, ttl)
+	if over, _ := ctx.Deadline(); l.quiet && time.Since(over) > time.Second+l.slack() {
+		l.broke("lock %s: Acquire went on for %v after its context had ended", name, time.Since(over))
+	}
+	if err != nil {
+		switch {
+		case err == state.ErrLockHeld: //nolint:errorlint // bare
+		case err == state.ErrLockExpired, errors.Is(err, state.ErrOutcomeUnknown): //nolint:errorlint // bare
+			if l.quiet {
+				inDoubt()
+			}
+		case !errors.Is(err, context.DeadlineExceeded):
+			l.unexpected("acquire", err)
+		}
+		l.refuse()
+		return
+	}
+	token := lock.(state.Fenced).Token()
+	got := l.now()
+	g := &grant{client: client, token: token, call: call, ret: got, ttl: ttl, until: got, over: got + int64(ttl), latest: never}
+	l.lock(client, name, lockInput{lockTake, token}, call, got, false)
+	l.grant(name, g)
+	l.lockCycles.Add(1)
+
+	// It relies on the lock for as long as its context goes on, unless it was not
+	// given the processor in time to see it end.
+	relied := got
+	work := time.Now().Add(rand.N(2 * ttl))
+	err = state.Hold(context.Background(), lock, ttl, func(ctx context.Context, given uint64) error {
+		if given != token {
+			l.broke("lock %s: held with token %d instead of %d", name, given, token)
+		}
+		for paused := false; time.Now().Before(work); {
+			began := time.Now()
+			time.Sleep(2 * time.Millisecond)
+			paused = paused || time.Since(began) > 20*time.Millisecond
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			if !paused {
+				relied = max(relied, l.now()-int64(time.Since(began)))
+			}
+		}
+		return nil
+	})
+	if err != nil && err != state.ErrLockExpired && err != state.ErrLockNotHeld && err != state.ErrClosed { //nolint:errorlint // bare
+		l.unexpected("hold", err)
+	}
+	l.mu.Lock()
+	g.until = relied
+	l.mu.Unlock()
+	l.lock(client, name, lockInput{lockLapse, token}, relied, never, false)
 }
 
 func (l *load) hold(ctx context.Context, client int, name string, ttl time.Duration, call int64, lock state.Lock) {
@@ -407,12 +678,12 @@ func (l *load) hold(ctx context.Context, client int, name string, ttl time.Durat
 
 // useTTLs writes keys that expire, each client its own ones, and reads them
 // until they are gone: not before their deadline, and not long after it.
-func (l *load) useTTLs(ctx context.Context, client int, s state.StateStore) {
+func (l *load) useTTLs(ctx context.Context, client int, s state.Store) {
 	for n := 0; ctx.Err() == nil; n++ {
 		key := fmt.Sprintf("ttl.%d.%d", client, n%5)
 		value := fmt.Sprintf("%d.%d", client, n)
 		ttl := 1 + rand.N(1500*time.Millisecond)
-		l.wrote(l.writes, key, value)
+		w := l.write(key, value, ttl)
 		before := time.Now()
 		err := s.Put(key, []byte(value), ttl)
 		after := time.Now()
@@ -423,14 +694,14 @@ func (l *load) useTTLs(ctx context.Context, client int, s state.StateStore) {
 			l.rest(ctx, 50*time.Millisecond)
 			continue
 		}
-		l.wrote(l.acked, key, value)
+		l.acked(w)
 		for ctx.Err() == nil {
 			asked := time.Now()
 			got, err := s.Get(key)
 			told := time.Now()
 			switch {
 			case err == nil && string(got) == value:
-				if late := asked.Sub(after) - ttl; late > 0 && told.Sub(asked) < 100*time.Millisecond && late > 2*time.Second {
+				if late := asked.Sub(after) - ttl; late > 0 && told.Sub(asked) < 100*time.Millisecond && late > 2*time.Second+l.slack() {
 					l.broke("key %s was read %v after its end", key, late)
 				}
 			case err == nil:
@@ -449,21 +720,101 @@ func (l *load) useTTLs(ctx context.Context, client int, s state.StateStore) {
 	}
 }
 
+// refreshKey keeps a key alive, that no watch must report as expired unless a
+// write came too late.
+func (l *load) refreshKey(ctx context.Context, client int, s state.Store) {
+	key := fmt.Sprintf("ttl.live.%d", client)
+	for n := 0; ctx.Err() == nil; n++ {
+		value := fmt.Sprintf("%d.%d", client, n)
+		w := l.write(key, value, time.Second)
+		switch err := s.Put(key, []byte(value), time.Second); {
+		case err == nil:
+			l.acked(w)
+		default:
+			l.unexpected("put", err)
+		}
+		l.rest(ctx, 300*time.Millisecond)
+	}
+}
+
+// useCache has a client write keys of its own, and holds a cache against what
+// was acknowledged.
+func (l *load) useCache(ctx context.Context, client int, s state.Store, cache *state.Cache) {
+	const key = "cache.key"
+	type done struct {
+		at       time.Time
+		revision uint64
+	}
+	var acked []done
+	for n := 0; ctx.Err() == nil; n++ {
+		value := fmt.Sprintf("%d.%d", client, n)
+		w := l.write(key, value, 0)
+		err := s.Put(key, []byte(value), 0)
+		if err != nil {
+			l.unexpected("put", err)
+			l.rest(ctx, 100*time.Millisecond)
+			continue
+		}
+		at := time.Now()
+		l.acked(w)
+		if kv, err := s.GetKeyValue(key); err == nil {
+			acked = append(acked, done{at, kv.Revision})
+		} else {
+			l.unexpected("get", err)
+			continue
+		}
+		last := acked[len(acked)-1]
+		if n%4 == 0 {
+			wait, cancel := context.WithTimeout(ctx, 10*time.Second)
+			err := cache.Wait(wait, last.revision)
+			cancel()
+			if kv, got := cache.GetKeyValue(key); err == nil && (got != nil || kv.Revision < last.revision) {
+				l.broke("cache: it has reached revision %d and holds %+v, %v", last.revision, kv, got)
+			} else if err != nil && ctx.Err() == nil && l.quiet {
+				l.broke("cache: %v", err)
+			}
+		}
+		asOf := cache.AsOf()
+		kv, err := cache.GetKeyValue(key)
+		if age := time.Since(asOf); l.quiet && age > 4*time.Second+l.slack() {
+			l.broke("cache: it is as of %v ago", age)
+		}
+		for i := len(acked) - 1; i >= 0; i-- {
+			if !acked[i].at.Before(asOf) {
+				continue
+			}
+			if err != nil || kv.Revision < acked[i].revision {
+				l.broke("cache: as of %v it holds %+v, %v; revision %d was acknowledged %v before", asOf, kv, err, acked[i].revision, asOf.Sub(acked[i].at))
+			}
+			l.cacheReads.Add(1)
+			acked = acked[i:]
+			break
+		}
+		if err == nil {
+			l.show(kv)
+		}
+		l.rest(ctx, 20*l.pace)
+	}
+}
+
 // useLists has one client write and delete keys that nobody else does, and
 // another one list them, which must see exactly what there is.
-func (l *load) useLists(ctx context.Context, client int, writer, reader state.StateStore) {
+func (l *load) useLists(ctx context.Context, client int, writer, reader state.Store) {
 	const prefix = "list."
 	want := []string{}
+	held := map[string]string{}
 	for n := 0; ctx.Err() == nil; n++ {
 		key := fmt.Sprintf("%s%d", prefix, n)
 		value := fmt.Sprintf("%d.%d", client, n)
-		l.wrote(l.writes, key, value)
+		held[key] = value
+		w := l.write(key, value, 0)
 		err := writer.Put(key, []byte(value), 0)
 		if err == nil {
-			l.wrote(l.acked, key, value)
+			l.acked(w)
 			want = append(want, key)
 			if len(want) > 10 {
 				gone := rand.IntN(len(want))
+				l.write(want[gone], "", 0)
 				if err = writer.Delete(want[gone]); err == nil {
 					want = slices.Delete(want, gone, gone+1)
 				}
@@ -483,14 +834,27 @@ func (l *load) useLists(ctx context.Context, client int, writer, reader state.St
 			continue
 		}
 		call := l.now()
-		got, err := reader.Keys(prefix + "*")
-		l.bounded("keys", call)
+		var got []string
+		if n%2 == 0 {
+			got, err = reader.Keys(prefix + "*")
+		} else {
+			var entries []*state.KeyValue
+			entries, err = reader.Entries(prefix + "*")
+			for _, kv := range entries {
+				l.show(kv)
+				if string(kv.Value) != held[kv.Key] {
+					l.broke("entries: %s is %q instead of %q", kv.Key, kv.Value, held[kv.Key])
+				}
+				got = append(got, kv.Key)
+			}
+		}
+		l.bounded("listing", call)
 		slices.Sort(want)
 		switch {
 		case err != nil:
 			l.unexpected("keys", err)
 		case !slices.Equal(got, want):
-			l.list(call, fmt.Sprintf("keys %q instead of %q", got, want))
+			l.list(call, fmt.Sprintf("listed %q instead of %q", got, want))
 		default:
 			l.listings.Add(1)
 		}
@@ -508,186 +872,4 @@ func (l *load) list(call int64, text string) {
 type wrongList struct {
 	call, ret int64
 	text      string
-}
-
-// A watched is a watch and what it told.
-type watched struct {
-	pattern string
-	slow    bool
-	done    sync.WaitGroup
-	seen    chan struct{} // of one slot: there is more
-
-	mu     sync.Mutex // guards what follows
-	events map[string][]*state.KeyValue
-	last   time.Time
-	ended  bool
-}
-
-func (w *watched) read(l *load, events <-chan *state.KeyValue) {
-	for kv := range events {
-		l.events.Add(1)
-		w.mu.Lock()
-		if w.events == nil {
-			w.events = map[string][]*state.KeyValue{}
-		}
-		w.last = time.Now()
-		told := w.events[kv.Key]
-		w.check(l, told, kv)
-		w.events[kv.Key] = append(told, kv)
-		w.mu.Unlock()
-		if w.slow && rand.IntN(200) == 0 {
-			time.Sleep(100 * time.Millisecond)
-		}
-	}
-	w.mu.Lock()
-	w.ended = true
-	w.mu.Unlock()
-}
-
-// check holds an event against the rules for each one.
-func (w *watched) check(l *load, told []*state.KeyValue, kv *state.KeyValue) {
-	if !state.MatchPattern(w.pattern, kv.Key) {
-		l.broke("watch %s told of %s", w.pattern, kv.Key)
-	}
-	var last *state.KeyValue
-	if len(told) > 0 {
-		last = told[len(told)-1]
-	}
-	if kv.Operation == state.OpPut {
-		l.show(kv, true)
-		if last != nil && kv.Modified.Before(last.Modified) {
-			l.broke("watch %s: %s: revision %d was written at %v, and %d before it at %v", w.pattern, kv.Key, kv.Revision, kv.Modified, last.Revision, last.Modified)
-		}
-		if last != nil && kv.Revision <= last.Revision {
-			l.broke("watch %s: %s: revision %d after %d", w.pattern, kv.Key, kv.Revision, last.Revision)
-		}
-		l.mu.Lock()
-		known := l.writes[kv.Key][string(kv.Value)]
-		l.mu.Unlock()
-		if !known {
-			l.broke("watch %s: %s: nobody wrote %q", w.pattern, kv.Key, kv.Value)
-		}
-		return
-	}
-	if kv.Value != nil || !kv.Created.IsZero() || kv.Modified.IsZero() || kv.Revision == 0 {
-		l.broke("watch %s: malformed deletion %+v", w.pattern, kv)
-	}
-	if last == nil {
-		return
-	}
-	if last.Operation == state.OpDelete && kv.Revision <= last.Revision || kv.Revision < last.Revision {
-		l.broke("watch %s: %s: deletion %d after %v %d", w.pattern, kv.Key, kv.Revision, last.Operation, last.Revision)
-	}
-	if kv.Revision == last.Revision && kv.Modified.Before(last.Modified) {
-		l.broke("watch %s: %s: expired before it was written", w.pattern, kv.Key)
-	}
-}
-
-// endWatches waits until the watches have caught up, and compares what they
-// told with what was written, and with what there is.
-func (l *load) endWatches(reader state.StateStore) {
-	// A barrier: what was written before comes before it. It is written until
-	// that succeeds, since servers may just be coming back.
-	const barrier = "reg.end"
-	value := "end"
-	l.wrote(l.writes, barrier, value)
-	for end := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		err := reader.Put(barrier, []byte(value), 0)
-		if err == nil {
-			break
-		}
-		if time.Now().After(end) {
-			l.broke("no write succeeds any more: %v", err)
-			return
-		}
-	}
-	keys, err := reader.Keys("*")
-	for end := time.Now().Add(20 * time.Second); err != nil && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
-		keys, err = reader.Keys("*")
-	}
-	if err != nil {
-		l.broke("keys: %v", err)
-		return
-	}
-	if !slices.IsSorted(keys) || len(slices.Compact(slices.Clone(keys))) != len(keys) {
-		l.broke("keys are not sorted, or not unique: %q", keys)
-	}
-	final := map[string]*state.KeyValue{}
-	for _, key := range keys {
-		kv, err := reader.GetKeyValue(key)
-		if err != nil && err != state.ErrNotFound {
-			l.broke("get %s: %v", key, err)
-		}
-		if err == nil {
-			l.show(kv, false)
-			final[key] = kv
-		} else if key[:3] == "reg" {
-			l.broke("%s is listed but not there", key)
-		}
-	}
-	for _, w := range l.watched {
-		if problem := w.settle(final); problem != "" {
-			l.broke("watch %s: %s", w.pattern, problem)
-		}
-		if l.cut.Load() {
-			continue
-		}
-		w.mu.Lock()
-		l.mu.Lock()
-		for key, values := range l.acked {
-			if !state.MatchPattern(w.pattern, key) {
-				continue
-			}
-			told := map[string]bool{}
-			for _, kv := range w.events[key] {
-				told[string(kv.Value)] = true
-			}
-			for value := range values {
-				// A slow reader is spared what was replaced.
-				if !told[value] && !(w.slow && (len(w.events[key]) > 0 || final[key] == nil)) {
-					l.broken = append(l.broken, fmt.Sprintf("watch %s: %s: %q was not told", w.pattern, key, value))
-				}
-			}
-		}
-		l.mu.Unlock()
-		w.mu.Unlock()
-	}
-}
-
-// settle waits until the last event of each key is its final state, and says
-// what is wrong otherwise.
-func (w *watched) settle(final map[string]*state.KeyValue) (problem string) {
-	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		if problem = w.differs(final); problem == "" {
-			return ""
-		}
-	}
-	return problem
-}
-
-func (w *watched) differs(final map[string]*state.KeyValue) string {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.ended {
-		return "it has ended"
-	}
-	for key, kv := range final {
-		if !state.MatchPattern(w.pattern, key) || key[:3] == "ttl" {
-			continue
-		}
-		told := w.events[key]
-		if len(told) == 0 {
-			return fmt.Sprintf("%s, which is at revision %d, was not told of", key, kv.Revision)
-		}
-		if last := told[len(told)-1]; last.Revision != kv.Revision || last.Operation != state.OpPut || string(last.Value) != string(kv.Value) || !last.Modified.Equal(kv.Modified) {
-			return fmt.Sprintf("%s is at revision %d, the last event was %v %d", key, kv.Revision, last.Operation, last.Revision)
-		}
-	}
-	for key, told := range w.events {
-		last := told[len(told)-1]
-		if last.Operation == state.OpPut && (final[key] == nil || key[:3] == "ttl") {
-			return fmt.Sprintf("%s is gone, the last event was put %d", key, last.Revision)
-		}
-	}
-	return ""
 }

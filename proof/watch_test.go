@@ -1,0 +1,343 @@
+package proof
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"time"
+
+	"example.com/state"
+)
+
+// A sighting is what a reader was shown of a revision. An expiry has the
+// revision of what expired.
+type sighting struct {
+	revision uint64
+	op       state.Operation
+}
+
+// show holds what a reader was shown against what others were.
+func (l *load) show(kv *state.KeyValue) {
+	is := *kv
+	before, known := l.sightings.LoadOrStore(sighting{kv.Revision, kv.Operation}, &is)
+	if was := before.(*state.KeyValue); known {
+		same := was.Key == kv.Key && string(was.Value) == string(kv.Value) && was.Created.Equal(kv.Created) && was.Modified.Equal(kv.Modified)
+		if !same || !l.loose && !was.Expires.Equal(kv.Expires) {
+			l.broke("revision %d was %+v to one reader and %+v to another", kv.Revision, brief(was), brief(kv))
+		}
+	}
+	if kv.Operation == state.OpDelete {
+		if kv.Value != nil || !kv.Created.IsZero() || !kv.Expires.IsZero() || kv.Modified.IsZero() || kv.Revision == 0 {
+			l.broke("malformed deletion %+v", brief(kv))
+		}
+		return
+	}
+	if kv.Value == nil || kv.Created.IsZero() || kv.Modified.Before(kv.Created) || kv.Operation != state.OpPut || kv.Revision == 0 {
+		l.broke("malformed entry %+v", brief(kv))
+	}
+	l.mu.Lock()
+	w := l.values[kv.Key][string(kv.Value)]
+	l.mu.Unlock()
+	switch {
+	case w == nil:
+		l.broke("%s: nobody wrote %q", kv.Key, brief(kv).Value)
+	case l.loose:
+	case (w.ttl == 0) != kv.Expires.IsZero() || w.ttl > 0 && !kv.Expires.Equal(kv.Modified.Add(w.ttl)):
+		l.broke("%s: revision %d of %v expires at %v with a TTL of %v", kv.Key, kv.Revision, kv.Modified, kv.Expires, w.ttl)
+	}
+}
+
+// brief returns an entry without most of a long value.
+func brief(kv *state.KeyValue) state.KeyValue {
+	short := *kv
+	short.Value = short.Value[:min(len(short.Value), 40)]
+	return short
+}
+
+// A watched is a watch, or a Follow, and what it reported.
+type watched struct {
+	pattern string
+	slow    bool
+	follow  bool
+	done    sync.WaitGroup
+
+	mu     sync.Mutex // guards what follows
+	events map[string][]*state.KeyValue
+	ended  bool
+}
+
+func (w *watched) start(ctx context.Context, l *load, s state.Store) error {
+	w.events = map[string][]*state.KeyValue{}
+	var events <-chan *state.KeyValue
+	var err error
+	if w.follow {
+		var current []*state.KeyValue
+		current, events, err = state.Follow(ctx, s, w.pattern)
+		for _, kv := range current {
+			w.take(l, kv)
+		}
+	} else {
+		events, err = s.WithContext(ctx).Watch(w.pattern)
+	}
+	if err != nil {
+		return fmt.Errorf("watch: %w", err)
+	}
+	w.done.Go(func() { w.read(l, events) })
+	return nil
+}
+
+func (w *watched) String() string {
+	if w.follow {
+		return "follow " + w.pattern
+	}
+	return "watch " + w.pattern
+}
+
+func (w *watched) read(l *load, events <-chan *state.KeyValue) {
+	for kv := range events {
+		l.events.Add(1)
+		w.take(l, kv)
+		if w.slow && rand.IntN(200) == 0 {
+			time.Sleep(100 * time.Millisecond)
+		}
+	}
+	w.mu.Lock()
+	w.ended = true
+	w.mu.Unlock()
+}
+
+func (w *watched) take(l *load, kv *state.KeyValue) {
+	if strings.HasPrefix(kv.Key, noise) {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	told := w.events[kv.Key]
+	w.check(l, told, kv)
+	w.events[kv.Key] = append(told, kv)
+}
+
+// noise begins the keys that nobody looks at.
+const noise = "noise."
+
+// check holds an event against the rules for each one.
+func (w *watched) check(l *load, told []*state.KeyValue, kv *state.KeyValue) {
+	if !state.MatchPattern(w.pattern, kv.Key) {
+		l.broke("%v reported %s", w, kv.Key)
+	}
+	last := &state.KeyValue{Operation: state.OpDelete}
+	if len(told) > 0 {
+		last = told[len(told)-1]
+	}
+	if kv.Operation == state.OpPut {
+		l.show(kv)
+		switch {
+		case kv.Revision <= last.Revision:
+			l.broke("%v: %s: revision %d after %d", w, kv.Key, kv.Revision, last.Revision)
+		case kv.Modified.Before(last.Modified) && !(w.follow && last.Operation == state.OpDelete):
+			l.broke("%v: %s: revision %d was written at %v, after an event of %v, %v", w, kv.Key, kv.Revision, kv.Modified, last.Operation, last.Modified)
+		}
+		return
+	}
+	expiry := last.Operation == state.OpPut && kv.Revision == last.Revision
+	found := w.follow && expiry && l.cut.Load() // it may have been found by a listing
+	if !found {
+		l.show(kv)
+	}
+	switch {
+	case expiry && l.loose, found:
+	case expiry:
+		if last.Expires.IsZero() || !kv.Modified.Equal(last.Expires) {
+			l.broke("%v: %s: revision %d expired at %v instead of %v", w, kv.Key, kv.Revision, kv.Modified, last.Expires)
+		}
+		w.checkExpiry(l, last)
+	case kv.Revision <= last.Revision:
+		l.broke("%v: %s: deletion %d after %v %d", w, kv.Key, kv.Revision, last.Operation, last.Revision)
+	case w.follow && last.Operation == state.OpDelete:
+		l.broke("%v: %s: deletion %d of what does not exist", w, kv.Key, kv.Revision)
+	}
+}
+
+// checkExpiry checks that an entry is reported as expired at its deadline, and
+// that it was not refreshed in time.
+func (w *watched) checkExpiry(l *load, kv *state.KeyValue) {
+	now := l.now()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	was := l.values[kv.Key][string(kv.Value)]
+	if was == nil {
+		return
+	}
+	problem := ""
+	switch late := time.Duration(now - was.ret - int64(was.ttl)); {
+	case now < was.call+int64(was.ttl):
+		problem = fmt.Sprintf("was reported as expired %v too early", time.Duration(was.call+int64(was.ttl)-now))
+	case was.ret != never && late > expiryWithin+l.slack() && l.quiet && !w.slow:
+		problem = fmt.Sprintf("was reported as expired %v too late", late)
+	}
+	for _, next := range l.written[kv.Key] {
+		if was.ret != never && next.call > was.ret && next.ret < was.call+int64(was.ttl) {
+			problem = fmt.Sprintf("was reported as expired, though it was replaced in time by %.20q", next.value)
+		}
+	}
+	if problem != "" && len(l.broken) < 20 {
+		l.broken = append(l.broken, fmt.Sprintf("%v: %s: revision %d %s", w, kv.Key, kv.Revision, problem))
+	}
+}
+
+// expiryWithin is how soon after its deadline an expiry is reported.
+const expiryWithin = time.Second
+
+// endWatches waits until the watches have caught up, and compares what they
+// reported with what was written, and with what there is.
+func (l *load) endWatches(reader state.Store, cache *state.Cache) {
+	// Whatever was written before comes before this. It is written until that
+	// succeeds, since servers may just be coming back.
+	const barrier = "reg.end"
+	w := l.write(barrier, "end", 0)
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		err := reader.Put(barrier, []byte("end"), 0)
+		if err == nil {
+			l.acked(w)
+			break
+		}
+		if time.Now().After(end) {
+			l.broke("no write succeeds any more: %v", err)
+			return
+		}
+	}
+	var entries []*state.KeyValue
+	err := eventually(20*time.Second, func() (err error) {
+		entries, err = reader.Entries("*")
+		return err
+	})
+	if err != nil {
+		l.broke("entries: %v", err)
+		return
+	}
+	final := map[string]*state.KeyValue{}
+	for i, kv := range entries {
+		if i > 0 && entries[i-1].Key >= kv.Key {
+			l.broke("entries are not sorted, or not unique: %s before %s", entries[i-1].Key, kv.Key)
+		}
+		if strings.HasPrefix(kv.Key, noise) {
+			continue
+		}
+		l.show(kv)
+		final[kv.Key] = kv
+	}
+	for key := range final {
+		if strings.HasPrefix(key, "ttl") {
+			continue
+		}
+		if kv, err := reader.GetKeyValue(key); err != nil || kv.Revision != final[key].Revision {
+			l.broke("%s is listed but not there: %v", key, err)
+		}
+	}
+	for _, w := range l.watched {
+		if err := eventually(l.patience, func() error { return w.differs(final) }); err != nil {
+			l.broke("%v: %v", w, err)
+		}
+		if !w.slow && !l.cut.Load() {
+			w.checkComplete(l)
+		}
+	}
+	if err := eventually(l.patience, func() error { return sameAsCache(final, cache) }); err != nil {
+		l.broke("cache: %v", err)
+	}
+}
+
+// eventually tries until that succeeds, or the time is over.
+func eventually(d time.Duration, try func() error) error {
+	for end := time.Now().Add(d); ; time.Sleep(20 * time.Millisecond) {
+		if err := try(); err == nil || time.Now().After(end) {
+			return err
+		}
+	}
+}
+
+// differs says how the last event of each key is not its final state.
+func (w *watched) differs(final map[string]*state.KeyValue) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.ended {
+		return fmt.Errorf("it has ended")
+	}
+	for key, kv := range final {
+		if !state.MatchPattern(w.pattern, key) || key[:3] == "ttl" {
+			continue
+		}
+		told := w.events[key]
+		if len(told) == 0 {
+			return fmt.Errorf("%s, which is at revision %d, was not reported", key, kv.Revision)
+		}
+		if last := told[len(told)-1]; last.Revision != kv.Revision || last.Operation != state.OpPut {
+			return fmt.Errorf("%s is at revision %d, the last event was %v %d", key, kv.Revision, last.Operation, last.Revision)
+		}
+	}
+	for key, told := range w.events {
+		last := told[len(told)-1]
+		if last.Operation == state.OpPut && (final[key] == nil || key[:3] == "ttl") {
+			return fmt.Errorf("%s is gone, the last event was put %d", key, last.Revision)
+		}
+	}
+	return nil
+}
+
+// stood is how long a state must have stood to be reported for certain.
+const stood = time.Second
+
+// checkComplete checks that nothing was skipped but what was replaced at once.
+func (w *watched) checkComplete(l *load) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for key, writes := range l.written {
+		if !state.MatchPattern(w.pattern, key) {
+			continue
+		}
+		told := map[string]bool{}
+		for _, kv := range w.events[key] {
+			told[string(kv.Value)] = true
+		}
+		for _, is := range writes {
+			if is.value == "" || is.ret == never || told[is.value] || is.ttl > 0 && is.ttl < 200*time.Millisecond {
+				continue
+			}
+			replaced := false
+			for _, other := range writes {
+				replaced = replaced || other != is && other.ret > is.call && other.call < is.ret+int64(stood+l.slack())
+			}
+			if !replaced && len(l.broken) < 20 {
+				l.broken = append(l.broken, fmt.Sprintf("%v: %s: %.20q, which stood for %v, was not reported", w, key, is.value, stood))
+			}
+		}
+	}
+}
+
+// sameAsCache says how a cache is not what there is.
+func sameAsCache(final map[string]*state.KeyValue, cache *state.Cache) error {
+	entries, err := cache.Entries("*")
+	if err != nil {
+		return err
+	}
+	for _, kv := range entries {
+		is := final[kv.Key]
+		switch {
+		case strings.HasPrefix(kv.Key, noise):
+		case strings.HasPrefix(kv.Key, "ttl"):
+			return fmt.Errorf("%s has expired and is still there", kv.Key)
+		case is == nil || is.Revision != kv.Revision || string(is.Value) != string(kv.Value) || !is.Modified.Equal(kv.Modified) || !is.Created.Equal(kv.Created):
+			return fmt.Errorf("it holds %+v, and there is %+v", brief(kv), is)
+		}
+	}
+	for key := range final {
+		if _, err := cache.Get(key); err != nil && !strings.HasPrefix(key, "ttl") {
+			return fmt.Errorf("%s: %w", key, err)
+		}
+	}
+	return nil
+}
