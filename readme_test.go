@@ -387,3 +387,94 @@ func TestDocumentLinks(t *testing.T) {
 		}
 	}
 }
+
+// TestReadmeCosts counts what the README's table of costs says and
+// TestNATSStoreRequests does not count.
+func TestReadmeCosts(t *testing.T) {
+	srv := startServer(t, nil)
+	nc := connect(t, srv.ClientURL())
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: newBucketName()})
+	rival := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: s.data.name})
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	sent := func() uint64 { return nc.Stats().OutMsgs }
+	costs := func(name string, want uint64, op func() error) {
+		t.Helper()
+		_, err := s.data.info(newBudget(ctx)) // or it may look at the settings meanwhile
+		require.NoError(t, err)
+		before := sent()
+		require.NoError(t, op(), name)
+		require.Equal(t, want, sent()-before, "requests of: %s", name)
+	}
+	update := func(s Store, key string) uint64 {
+		t.Helper()
+		revision, err := s.Update(key, nil, 0, 0)
+		require.NoError(t, err)
+		return revision
+	}
+
+	revision := update(rival, "a")
+	costs("Update of a revision that the store has not seen", 2, func() error {
+		_, err := s.Update("a", nil, 0, revision)
+		return err
+	})
+	revision = update(rival, "b")
+	costs("DeleteRevision of one that it has not seen", 2, func() error { return s.DeleteRevision("b", revision) })
+	revision = update(s, "c")
+	costs("DeleteRevision", 1, func() error { return s.DeleteRevision("c", revision) })
+	update(s, "d")
+	require.NoError(t, rival.Put("d", nil, 0))
+	costs("Delete of a key that others write meanwhile", 3, func() error { return s.Delete("d") })
+
+	for i := range 100 {
+		require.NoError(t, rival.Put(fmt.Sprintf("many.%d", i), nil, 0))
+	}
+	costs("Keys", 4, func() error { _, err := s.Keys("*"); return err })
+	costs("Entries", 4, func() error { _, err := s.Entries("*"); return err })
+
+	lock := lockOf(t, rival, "lock")
+	_, err := s.LockHolder("lock")
+	require.NoError(t, err)
+	costs("LockHolder", 1, func() error { _, err := s.LockHolder("lock"); return err })
+	require.NoError(t, lock.Unlock())
+
+	count := func() error {
+		_, err := Modify(ctx, s, "counter", func(*KeyValue) ([]byte, time.Duration, error) { return nil, 0, nil })
+		return err
+	}
+	costs("Modify of a key that does not exist", 3, count)
+	costs("Modify", 2, count)
+	costs("KeepAlive of a key that does not exist, and the deletion at the end", 4, func() error {
+		ctx, stop := context.WithCancel(ctx)
+		defer stop()
+		return KeepAlive(ctx, s, "alive", time.Hour, func() []byte {
+			time.AfterFunc(20*time.Millisecond, stop)
+			return nil
+		})
+	})
+
+	before := sent()
+	_, err = s.Watch("many.*")
+	require.NoError(t, err)
+	eventually(t, func() bool {
+		s.feeds.mu.Lock()
+		f := s.feeds.by[pattern{"many.", true}]
+		s.feeds.mu.Unlock()
+		listed := make(chan bool, 1)
+		f.post(func() { listed <- f.listed })
+		return <-listed
+	}, "the watch knows what exists")
+	require.LessOrEqual(t, sent()-before, uint64(2+1+5), "requests of: Watch, the first pull, and a listing in the background")
+	costs("Watch of the same pattern", 1, func() error { _, err := s.Watch("many.*"); return err })
+
+	cache, err := NewCache(ctx, s, "cached.*")
+	require.NoError(t, err)
+	defer cache.Close()
+	requests := countRequests(t, srv.ClientURL(), s.data.name)
+	began := time.Now()
+	for cached := cache.AsOf(); cache.AsOf().Before(cached.Add(4 * time.Second)); time.Sleep(10 * time.Millisecond) {
+	}
+	seconds := time.Since(began).Seconds()
+	// Of the two watches each asks for the state of the stream every two seconds.
+	require.LessOrEqual(t, float64(requests.api.Load()), 3*seconds+3, "requests of a cache in %v s", seconds)
+}
