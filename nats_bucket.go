@@ -190,17 +190,20 @@ func (b *bucket) noteInfo(info *streamInfo, asked time.Time, e *epoch) error {
 		copies: len(info.Alternates) > 1,
 	}
 	b.state.Store(&info.State)
-	last := b.settings.Swap(now)
+	last := b.settings.Load()
+	for alternates := now.copies; ; last = b.settings.Load() {
+		now.copies = alternates || last != nil && last.copies && last.created.Equal(now.created)
+		if b.settings.CompareAndSwap(last, now) {
+			break
+		}
+	}
 	switch {
 	case last == nil:
 	case !last.created.Equal(now.created):
 		b.cache.clear()
 		b.log.Warn("state: the bucket was deleted and made anew", "bucket", b.name)
-	default:
-		now.copies = now.copies || last.copies
-		if last.Replicas != now.Replicas || last.PerKey != now.PerKey || last.MaxAge != now.MaxAge || last.AllowTTL != now.AllowTTL {
-			b.log.Info("state: settings of the bucket changed", "bucket", b.name, "replicas", now.Replicas, "history", now.PerKey, "max_age", now.MaxAge)
-		}
+	case last.Replicas != now.Replicas, last.PerKey != now.PerKey, last.MaxAge != now.MaxAge, last.AllowTTL != now.AllowTTL:
+		b.log.Info("state: settings of the bucket changed", "bucket", b.name, "replicas", now.Replicas, "history", now.PerKey, "max_age", now.MaxAge)
 	}
 	return nil
 }
