@@ -31,7 +31,8 @@ const (
 	// being elected may never answer.
 	repeatInterval = 500 * time.Millisecond
 	// ackTimeout is how long a write that can be repeated safely waits for its
-	// acknowledgement once it cannot be on its way any more.
+	// acknowledgement, and half of it is how long it does once that cannot be on
+	// its way any more.
 	ackTimeout = time.Second
 	// goneAfter is how long a stream of several servers is not found before it
 	// counts as gone: a server that is starting may not know it yet.
@@ -146,6 +147,7 @@ type requester struct {
 	epoch     *epoch
 	pinging   bool
 	pinged    time.Time // when the newest ping was sent that was answered
+	ponged    time.Time // and when it was
 	orphans   []string  // consumers to delete when connected, with their streams
 }
 
@@ -486,6 +488,7 @@ type waiter struct {
 	sent  time.Time // and when the last time
 	in    uint64    // messages that had come in by the last check
 	seen  bool      // in is known
+	heard time.Time // when the server was heard that had the request before, zero until then
 }
 
 type verdict int
@@ -504,17 +507,23 @@ func (w *waiter) check(rep repetition) verdict {
 	moving := w.seen && in != w.in
 	w.in, w.seen = in, true
 	w.retried(now)
-	if w.r.heardSince(w.sent) {
+	if w.heard.IsZero() {
+		if w.heard = w.r.heardSince(w.sent); w.heard.Sub(w.sent) > repeatInterval {
+			w.t.progress() // the link was slow until then
+		}
+	}
+	if !w.heard.IsZero() {
 		// It is not on its way; it is late, or lost.
+		quiet := now.Sub(w.heard)
 		switch {
-		case rep == repeatable && now.Sub(w.sent) >= repeatInterval && w.r.elections():
+		case rep == repeatable && now.Sub(w.sent) >= repeatInterval && quiet >= repeatInterval/3 && w.r.elections():
 			if w.t.left() <= minAttempt {
 				return giveUp
 			}
-			w.sent = now
+			w.sent, w.heard = now, time.Time{}
 			w.r.stats.retries.Add(1)
 			return repeatNow
-		case rep == resolvable && now.Sub(w.sent) >= ackTimeout:
+		case rep == resolvable && now.Sub(w.sent) >= ackTimeout && quiet >= ackTimeout/2:
 			return giveUp
 		}
 	} else if moving {
@@ -538,13 +547,13 @@ func (w *waiter) retried(now time.Time) {
 // elections reports whether the stream may be between two leaders.
 func (r *requester) elections() bool { return r.nc.ConnectedClusterName() != "" }
 
-// heardSince reports whether the server has answered a ping that was sent after
-// a time. If not, it sends one.
-func (r *requester) heardSince(sent time.Time) bool {
+// heardSince returns when the server answered a ping that was sent after a time.
+// If it has not, heardSince sends one and returns zero.
+func (r *requester) heardSince(sent time.Time) time.Time {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.pinged.After(sent) {
-		return true
+		return r.ponged
 	}
 	if !r.pinging && !r.closed {
 		r.pinging = true
@@ -556,11 +565,11 @@ func (r *requester) heardSince(sent time.Time) bool {
 			r.mu.Lock()
 			defer r.mu.Unlock()
 			if r.pinging = false; err == nil {
-				r.pinged = asked
+				r.pinged, r.ponged = asked, time.Now()
 			}
 		})
 	}
-	return false
+	return time.Time{}
 }
 
 // explain adds to the error of a request that got no answer what the connection
