@@ -36,7 +36,7 @@ type Cache struct {
 
 // NewCache returns a cache of the entries that match a pattern, once it is
 // complete. It is kept up to date until ctx ends, Close is called or the store
-// is closed. Errors are those of [Follow]. It costs one listing, and then two
+// is closed. Errors are those of [Follow]. It costs one listing, and then three
 // small requests per second, by which it knows how old it is.
 func NewCache(ctx context.Context, store Store, pattern string) (*Cache, error) {
 	p, err := parsePattern(pattern)
@@ -231,7 +231,8 @@ func (c *Cache) AsOf() time.Time {
 // of a matching key has brought: every change up to it is in the cache, or this
 // change itself is. It returns an error that wraps the context's if ctx ends
 // before, and ErrClosed when the cache is not kept up to date any more. It costs
-// at most two requests, unless the revision has not been written yet.
+// as a rule three requests, none if the cache has the change already, and more
+// if the revision has not been written yet.
 func (c *Cache) Wait(ctx context.Context, revision uint64) error {
 	c.mu.Lock()
 	c.waiting++

@@ -335,9 +335,9 @@ var contextCases = []conformanceCase{
 		events := mustWatch(t, bound.WithContext(context.Background()), "*")
 		cancel()
 		require.NoError(t, bound.WithContext(context.Background()).Put("k", nil, 0))
-		require.NoError(t, s.Put("k", nil, 0))
+		require.NoError(t, s.Put("l", nil, 0))
 		assert.Equal(t, "put k", brief(receive(t, events)))
-		assert.Equal(t, "put k", brief(receive(t, events)))
+		assert.Equal(t, "put l", brief(receive(t, events)))
 	}},
 	{"context-of-a-lock", "the context bounds Lock and Refresh; Unlock works after it has ended", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()

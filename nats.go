@@ -269,7 +269,7 @@ func (s *NATSStore) Put(key string, value []byte, ttl time.Duration) error {
 		return err
 	}
 	_, err = s.data.put(newBudget(ctx), m)
-	return s.wrote("put", key, err)
+	return s.data.wrote("put", key, err)
 }
 
 // Update implements [Store]. It costs one request, or two if this store has not
@@ -280,7 +280,7 @@ func (s *NATSStore) Update(key string, value []byte, ttl time.Duration, revision
 		return 0, err
 	}
 	r, err := s.data.update(newBudget(ctx), m, revision)
-	return r.revision, s.wrote("update", key, err)
+	return r.revision, s.data.wrote("update", key, err)
 }
 
 // beginPut checks what Put and Update are given.
@@ -306,7 +306,7 @@ func (s *NATSStore) Delete(key string) error {
 	if err != nil {
 		return err
 	}
-	return s.wrote("delete", key, s.data.remove(newBudget(ctx), m))
+	return s.data.wrote("delete", key, s.data.remove(newBudget(ctx), m))
 }
 
 // DeleteRevision implements [Store]. It costs one request, or two if this store
@@ -320,7 +320,7 @@ func (s *NATSStore) DeleteRevision(key string, revision uint64) error {
 		return ErrConflict
 	}
 	_, err = s.data.update(newBudget(ctx), m, revision)
-	return s.wrote("delete", key, err)
+	return s.data.wrote("delete", key, err)
 }
 
 func (s *NATSStore) beginDelete(verb, key string) (context.Context, mutation, error) {
@@ -332,15 +332,6 @@ func (s *NATSStore) beginDelete(verb, key string) (context.Context, mutation, er
 		return nil, mutation{}, err
 	}
 	return ctx, mutation{key: key, op: s.data.nextOp(), marker: true, ttl: tombstoneTTL}, nil
-}
-
-// wrote returns the error of a write, and reports one of unknown outcome.
-func (s *NATSStore) wrote(verb, key string, err error) error {
-	if errors.Is(err, ErrOutcomeUnknown) {
-		s.data.stats.unknown.Add(1)
-		s.data.log.Warn("state: the outcome of a write is unknown", "operation", verb, "key", key, "error", err)
-	}
-	return opError(verb, key, err)
 }
 
 // Keys implements [StateStore]. It costs about four requests, and one more for
@@ -456,7 +447,7 @@ func (s *NATSStore) Lock(key string, ttl time.Duration) (Lock, error) {
 	}
 	l, _, err := s.locks.lock(ctx, key, ttl)
 	if err != nil {
-		return nil, opError("lock", key, err)
+		return nil, s.data.wrote("lock", key, err)
 	}
 	return l.handOver()
 }

@@ -81,6 +81,7 @@ func (c *recordCache) set(key string, k cached) {
 		c.young = make(map[string]cached)
 	}
 	c.young[key] = k
+	delete(c.old, key)
 }
 
 func (c *recordCache) find(key string) (cached, bool) {

@@ -122,12 +122,13 @@ func (c *consumer) create(t *retryBudget, e *epoch, cfg consumerConfig) error {
 		if !passing(err) || !t.wait(c.b.life) {
 			return err
 		}
+		c.b.retrying(t, subject)
 	}
 }
 
 // ask makes a request that is answered on the consumer's own subscription.
 func (c *consumer) ask(t *retryBudget, e *epoch, subject string, data []byte) (*nats.Msg, error) {
-	w := waiter{r: c.b.requester, t: t, first: time.Now(), sent: time.Now()}
+	w := waiter{r: c.b.requester, t: t, subject: subject, first: time.Now(), sent: time.Now()}
 	msg := &nats.Msg{Subject: subject, Reply: c.sub.Subject, Data: data}
 	if err := c.b.publish(msg); err != nil {
 		return nil, err

@@ -239,6 +239,7 @@ type encoder struct {
 	now, uncertainty timestamp // the lower bound of the server's clock, and how far it may be past it
 
 	rollup  bool          // the bucket lets older revisions go
+	history bool          // and keeps them otherwise
 	markers bool          // the server puts a marker in place of what it removes
 	grace   time.Duration // how long values stay after their deadline
 	fixed   bool          // all records of a key have the same size
@@ -283,20 +284,32 @@ func (e encoder) encode(m mutation, base record, pre precondition) (header, reco
 			hdr.set(headerTTL, seconds(serverTTL))
 		}
 	}
-	// With a history, an older revision must not come back when this one goes.
-	// The bucket's history may have been raised since it was looked at.
-	if e.rollup && (m.marker || m.ttl > 0) {
+	// An older revision that lives longer must not come back when this one goes.
+	// Without a history there is none, but that may have been raised since the
+	// settings were looked at. A rollup costs the server a look at each consumer
+	// of the stream, so what a heartbeat does again and again is spared it.
+	if e.rollup && (m.marker || m.ttl > 0) && (e.history || pre == always || outlives(base, next, m)) {
 		hdr.set(headerRollup, "sub")
 	}
 	hdr.set(headerState, state.encode())
 	return hdr, next
 }
 
+// outlives reports whether the record that is replaced would still be there when
+// the mutation has come to its end.
+func outlives(base, next record, m mutation) bool {
+	end := next.deadline
+	if m.marker {
+		end = next.modified.deadline(m.ttl)
+	}
+	return base.revision != 0 && !base.deleted && base.deadline.outlives(end)
+}
+
 // serverTTL returns the TTL in whole seconds after which the server removes a
 // value.
 func (e encoder) serverTTL(ttl time.Duration, base record, deadline timestamp) time.Duration {
 	t := ttl
-	if base.revision != 0 && !base.deleted && base.deadline.outlives(deadline) {
+	if outlives(base, record{deadline: deadline}, mutation{}) {
 		t = max(t, minTombstoneTTL) // it hides what lives longer
 	}
 	extra := e.grace

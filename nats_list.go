@@ -73,7 +73,7 @@ func (b *bucket) list(t *retryBudget, p pattern, values bool) (listing, error) {
 		if !errors.Is(err, errStartOver) || tries == 5 || !t.wait(b.life) {
 			return listing{}, err
 		}
-		b.stats.retries.Add(1)
+		b.retrying(t, b.filter(p))
 	}
 }
 
@@ -245,7 +245,7 @@ func (c *consumer) await(t *retryBudget, e *epoch) ([]*nats.Msg, error) {
 	if mail := c.take(); len(mail) > 0 {
 		return mail, nil
 	}
-	w := waiter{r: c.b.requester, t: t, first: time.Now(), sent: time.Now()}
+	w := waiter{r: c.b.requester, t: t, subject: c.name, first: time.Now(), sent: time.Now()}
 	timer := time.NewTimer(checkInterval)
 	defer timer.Stop()
 	for {

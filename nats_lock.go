@@ -227,7 +227,10 @@ func notFoundIfGone(err error) error {
 func (n natsLessor) write(t *retryBudget, l *lease, m mutation) (record, error) {
 	l.writes++
 	m.key, m.op = l.key, fmt.Sprintf("%s.%d", l.owner, l.writes)
-	base := record{entry: entry{revision: l.revision}}
+	base := record{
+		entry:    entry{revision: l.revision},
+		deadline: n.b.clock.now().deadline(time.Until(l.validUntil())),
+	}
 	if l.unsure {
 		var err error
 		if base, err = n.b.leaderLast(t, l.key); err != nil {
@@ -257,7 +260,7 @@ func (n natsLessor) extend(ctx context.Context, l *lease) error {
 		return nil
 	}
 	l.unsure = true
-	return opError("refresh", l.key, err)
+	return n.b.wrote("refresh", l.key, err)
 }
 
 func (n natsLessor) release(ctx context.Context, l *lease) error {
@@ -279,5 +282,5 @@ func (n natsLessor) release(ctx context.Context, l *lease) error {
 		return ErrLockNotHeld
 	}
 	l.unsure = true
-	return opError("unlock", l.key, err)
+	return n.b.wrote("unlock", l.key, err)
 }

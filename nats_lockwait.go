@@ -38,6 +38,8 @@ type lockQueue struct {
 	mu       sync.Mutex // guards what follows
 	released bool       // a release was heard, and no attempt since
 	claimed  time.Time  // when somebody else's attempt was heard
+	claims   int        // how many have been heard since the last release
+	crowd    int        // and how many after the releases before, at least
 	refresh  string     // who refreshed the lease
 	until    time.Time  // and until when, by that
 }
@@ -66,15 +68,27 @@ func (q *lockQueue) note(change func()) {
 // which may refuse it: so it is only ever a hint.
 func (q *lockQueue) hear(msg *nats.Msg) {
 	if msg.Header.Get(headerOperation) != "" {
-		q.note(func() { q.released = true })
+		q.note(func() {
+			q.released = true
+			q.crowd, q.claims = max(q.claims, q.crowd/2), 0
+		})
 		return
 	}
 	st := decodeState(msg.Header.Get(headerState))
 	q.note(func() {
 		q.released = false
+		q.claims++
 		q.claimed = time.Now()
 		q.refresh, q.until = holderOf(st.op), time.Now().Add(st.ttl)
 	})
+}
+
+// spread returns by how much the attempts after a release are spread in
+// addition, so that fewer are made the more there were before.
+func (q *lockQueue) spread() time.Duration {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return min(time.Duration(q.crowd)*2*time.Millisecond, 200*time.Millisecond)
 }
 
 // await waits for a lock until ctx ends. Other errors than ErrLockHeld are
@@ -89,33 +103,48 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 	case <-s.data.life.Done():
 		return nil, ErrClosed
 	}
-	held := false // as far as we know
+	// An attempt is heard by all who wait, a look by nobody. So it looks first,
+	// unless the lock was last released from here.
+	held, look := false, !s.releasedHere(key)
 	for {
 		asked := time.Now()
-		l, holder, err := s.lock(ctx, key, ttl)
-		if err == nil {
-			l.ctx = context.Background() // ctx bounds only the wait
-			return l.handOver()
+		var l *lease
+		var holder record
+		var err error
+		if look {
+			if holder, err = s.holder(newBudget(ctx), key); err == nil {
+				err = ErrLockHeld
+			}
+		}
+		if err != ErrLockHeld { // it is free, or the attempt says why not
+			l, holder, err = s.lock(ctx, key, ttl)
 		}
 		switch {
+		case err == nil:
+			l.ctx = context.Background() // ctx bounds only the wait
+			return l.handOver()
 		case err == ErrLockHeld:
+			held, look = true, true
 		case ctx.Err() != nil && held:
 			return nil, ErrLockHeld
 		default:
-			return nil, opError("lock", key, err)
+			return nil, s.data.wrote("lock", key, err)
 		}
-		held = true
-		trip := time.Since(asked)
-		for free := false; !free; {
-			if err := s.sleep(ctx, q, holder, trip); err != nil {
-				return nil, err
-			}
-			// Look before trying: a look costs the others nothing.
-			if holder, err = s.holder(newBudget(ctx), key); err != nil {
-				free = true // or the attempt says why not
-			}
+		if err := s.sleep(ctx, q, holder, time.Since(asked)); err != nil {
+			return nil, err
 		}
 	}
+}
+
+// releasedHere reports whether this process was the last to hold a lock, as far
+// as it knows, and has released it.
+func (s *natsLocks) releasedHere(key string) bool {
+	b := s.opened()
+	if b == nil {
+		return false
+	}
+	last := b.known(key)
+	return last.deleted && last.estimated
 }
 
 // sleep waits until the lock may be free.
@@ -125,7 +154,7 @@ func (s *natsLocks) sleep(ctx context.Context, q *lockQueue, holder record, trip
 	if holder.deadline == 0 {
 		until = time.Now().Add(time.Hour)
 	}
-	jitter := rand.N(lockJitter + 2*trip)
+	jitter := rand.N(lockJitter + 2*trip + q.spread())
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for began := time.Now(); ; {

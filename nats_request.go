@@ -91,11 +91,14 @@ type retryBudget struct {
 	since time.Time // when progress was made last
 	sent  time.Time // when the first request was sent; zero if none was
 	pause time.Duration
+
+	started time.Time
+	slow    bool // that it takes long has been logged
 }
 
 func newBudget(ctx context.Context) *retryBudget {
 	now := time.Now()
-	return &retryBudget{ctx: ctx, begun: now, since: now, pause: firstPause}
+	return &retryBudget{ctx: ctx, begun: now, since: now, started: now, pause: firstPause}
 }
 
 // firstPause is how long about an operation waits before its second attempt.
@@ -391,9 +394,9 @@ func (r *requester) do(t *retryBudget, msg *nats.Msg, rep repetition) (answer *n
 		t.sent = now
 	}
 	if err := r.publish(msg); err != nil {
-		return nil, false, err
+		return nil, !refusedHere(err), err
 	}
-	w := waiter{r: r, t: t, sent: now, first: now}
+	w := waiter{r: r, t: t, subject: msg.Subject, sent: now, first: now}
 	x.timer.Reset(checkInterval)
 	for copies := 1; ; {
 		select {
@@ -444,7 +447,7 @@ func (r *requester) doMany(t *retryBudget, msg *nats.Msg, most int, last func(*n
 	if err := r.publish(msg); err != nil {
 		return nil, err
 	}
-	w := waiter{r: r, t: t, sent: time.Now(), first: time.Now()}
+	w := waiter{r: r, t: t, subject: msg.Subject, sent: time.Now(), first: time.Now()}
 	timer := time.NewTimer(checkInterval)
 	defer timer.Stop()
 	for answers := []*nats.Msg(nil); ; {
@@ -474,6 +477,20 @@ func (r *requester) publish(msg *nats.Msg) error {
 	return r.nc.PublishMsg(msg)
 }
 
+// refusedHere reports whether the client library has refused a message before
+// any of it was written.
+func refusedHere(err error) bool {
+	for _, refusal := range []error{
+		nats.ErrMaxPayload, nats.ErrBadSubject, nats.ErrHeadersNotSupported, nats.ErrConnectionClosed,
+		nats.ErrConnectionDraining, nats.ErrReconnectBufExceeded, nats.ErrInvalidConnection,
+	} {
+		if errors.Is(err, refusal) {
+			return true
+		}
+	}
+	return false
+}
+
 // noResponders reports whether an answer is the server's word that nobody
 // listens.
 func noResponders(msg *nats.Msg) bool {
@@ -492,12 +509,14 @@ func statusOf(msg *nats.Msg) string {
 
 // A waiter decides what to do about an answer that does not come.
 type waiter struct {
-	r     *requester
-	t     *retryBudget
-	first time.Time // when the request was sent
-	sent  time.Time // and when the last time
-	heard time.Time // since when the answer is known not to be on its way
-	in    uint64    // messages that had come in by the last check
+	r       *requester
+	t       *retryBudget
+	subject string
+	first   time.Time // when the request was sent
+	sent    time.Time // and when the last time
+	heard   time.Time // since when the answer is known not to be on its way
+	in      uint64    // messages that had come in by the last check
+	seen    bool      // in is known
 }
 
 type verdict int
@@ -513,9 +532,9 @@ const (
 func (w *waiter) check(rep repetition) verdict {
 	now := time.Now()
 	in := w.r.nc.Stats().InMsgs
-	moving := in != w.in
-	w.in = in
-	w.retried(now)
+	moving := w.seen && in != w.in
+	w.in, w.seen = in, true
+	w.r.slow(w.t, w.first, "state: a request is not answered", w.subject)
 	if w.r.heardSince(w.sent) {
 		// It is not on its way; it is late, or lost.
 		if w.heard.IsZero() {
@@ -527,14 +546,15 @@ func (w *waiter) check(rep repetition) verdict {
 				return giveUp
 			}
 			w.sent, w.heard = now, time.Time{}
-			w.r.stats.retries.Add(1)
+			w.r.retrying(w.t, w.subject)
 			return repeatNow
 		case rep == resolvable && now.Sub(w.heard) >= ackTimeout-checkInterval:
 			return giveUp
 		}
 	} else if moving {
 		w.t.progress()
-		w.t.begun = now // the link is slow, nobody else is in the way
+		// The link is slow, nobody else is in the way: this time does not count.
+		w.t.begun = w.t.begun.Add(checkInterval)
 	}
 	if w.t.left() <= 0 {
 		return giveUp
@@ -542,10 +562,17 @@ func (w *waiter) check(rep repetition) verdict {
 	return waitOn
 }
 
-// retried logs, once, that a request takes longer than a second.
-func (w *waiter) retried(now time.Time) {
-	if d := now.Sub(w.first); d >= time.Second && d < time.Second+checkInterval {
-		w.r.log.Warn("state: a request is not answered", "after", d.Round(time.Millisecond))
+// retrying notes that an operation makes a request once more. It logs, once, that
+// it has done so for longer than a second.
+func (r *requester) retrying(t *retryBudget, subject string) {
+	r.stats.retries.Add(1)
+	r.slow(t, t.started, "state: a request is repeated", subject)
+}
+
+func (r *requester) slow(t *retryBudget, since time.Time, what, subject string) {
+	if d := time.Since(since); d >= time.Second && !t.slow {
+		t.slow = true
+		r.log.Warn(what, "subject", subject, "after", d.Round(time.Millisecond))
 	}
 }
 
@@ -611,7 +638,7 @@ func (r *requester) call(t *retryBudget, verb, object string, req, answer any) e
 		if err == nil || !passing(err) || !t.wait(r.life) {
 			return err
 		}
-		r.stats.retries.Add(1)
+		r.retrying(t, msg.Subject)
 	}
 }
 

@@ -73,7 +73,7 @@ type feed struct {
 	heardAt   timestamp // the same by the server's clock, which no pause of ours stops
 	cursor    uint64    // the last sequence that was dealt with
 	pending   uint64    // how many messages there were behind it
-	created   time.Time // the stream's, which distinguishes it from another of its name
+	created   time.Time // the stream's, which distinguishes it from another of its name; never changed once the feed is ready
 	openedAt  timestamp // by the server's clock
 	expecting bool      // the first listing comes from a Follow
 
@@ -174,6 +174,7 @@ func (s *feeds) join(ctx context.Context, p pattern, listing bool) (*feed, *nats
 		}
 		s.leave(f, w)
 		if err == errFeedEnded && !isNew {
+			s.drop(f)
 			continue // it was about to end when we came
 		}
 		return nil, nil, err
@@ -245,6 +246,9 @@ func (f *feed) begin(ctx context.Context, w *natsWatch) error {
 	info, err := f.b.info(newBudget(ctx))
 	if err != nil {
 		return err
+	}
+	if !info.Created.Equal(f.created) {
+		return errFeedEnded // the bucket was made anew, which the feed will notice
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -436,9 +440,8 @@ func (f *feed) attached(a attachment, err error) {
 // notAttached decides what to do after an attempt to attach has failed.
 func (f *feed) notAttached(err error) {
 	if f.created.IsZero() {
-		f.err = err
+		f.err, f.over = err, true // it never began
 		close(f.ready)
-		f.endBecause(err)
 		return
 	}
 	now := time.Now()
@@ -902,21 +905,27 @@ func (f *feed) askProgress(ctx context.Context) {
 			for err == nil {
 				var at consumerInfo
 				err = f.b.call(t, "CONSUMER.INFO", f.b.stream+"."+source.name, nil, &at)
-				if err == nil && at.Pending == 0 && (at.Delivered.Seq >= info.State.LastSeq || !f.b.replicated()) {
+				if err != nil {
+					return
+				}
+				// What is pending lags behind what is stored, on one server too, so
+				// it takes a look at the last message that there is.
+				var last uint64
+				msg, err := f.b.leaderMsg(t, f.b.filter(f.pattern))
+				if err != nil {
+					return
+				}
+				if msg != nil {
+					last = msg.Seq
+				}
+				if at.Pending == 0 && at.Delivered.Seq >= last {
 					f.post(func() {
 						f.targets = append(f.targets, target{source, at.Delivered.Count, progress{info.State.LastSeq, asked}})
 						f.reachTargets()
 					})
 					return
 				}
-				// It has more to deliver, or is on a replica that lags, or has not
-				// looked since: a request makes it look.
-				f.post(func() {
-					if f.source == source {
-						n, _ := source.pull(pullRequest{Batch: 1, Expires: time.Second})
-						f.asked += n
-					}
-				})
+				// It has more to deliver, or is on a replica that lags.
 				if !t.wait(f.b.life) || time.Since(asked) > opTimeout {
 					return
 				}

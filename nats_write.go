@@ -116,12 +116,15 @@ func (b *bucket) update(t *retryBudget, m mutation, revision uint64) (record, er
 		}
 		b.cache.learn(m.key, base)
 	}
-	for {
+	for tries := 0; ; tries++ {
 		current := base.revision
 		if current != 0 && !b.exists(t, &base) {
 			current = 0
 		}
 		if current != revision {
+			if tries == 0 {
+				b.stats.conflicts.Add(1)
+			}
 			return record{}, ErrConflict
 		}
 		r, err := b.commit(t, m, base, ifUnchanged)
@@ -222,7 +225,7 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 			if !t.wait(b.life) {
 				return record{}, unknownIf(inDoubt, err)
 			}
-			b.stats.retries.Add(1)
+			b.retrying(t, msg.Subject)
 			continue
 
 		case unfit:
@@ -273,7 +276,7 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 				}
 				return record{}, unknownIf(inDoubt, err)
 			}
-			b.stats.retries.Add(1)
+			b.retrying(t, msg.Subject)
 		}
 	}
 }
@@ -327,7 +330,7 @@ var errLeaving = errors.New("the server is about to remove the key's last value,
 // encode makes the message for a mutation, within the bucket's limit.
 func (b *bucket) encode(m mutation, base record, pre precondition) (*nats.Msg, record, error) {
 	s := b.settings.Load()
-	e := encoder{rollup: s.rollup(), markers: s.MarkerTTL > 0, grace: expiryGrace, fixed: b.want.locks}
+	e := encoder{rollup: s.rollup(), history: s.PerKey != 1, markers: s.MarkerTTL > 0, grace: expiryGrace, fixed: b.want.locks}
 	if b.want.locks {
 		e.grace = 0 // nobody watches them
 	}
@@ -338,6 +341,15 @@ func (b *bucket) encode(m mutation, base record, pre precondition) (*nats.Msg, r
 		return nil, record{}, ErrValueTooLarge
 	}
 	return &nats.Msg{Subject: b.route + b.prefix + m.key, Header: hdr.Header, Data: m.value}, next, nil
+}
+
+// wrote returns the error of a write, and reports one of unknown outcome.
+func (b *bucket) wrote(verb, key string, err error) error {
+	if errors.Is(err, ErrOutcomeUnknown) {
+		b.stats.unknown.Add(1)
+		b.log.Warn("state: the outcome of a write is unknown", "operation", verb, "key", key, "error", err)
+	}
+	return opError(verb, key, err)
 }
 
 // send has the server store a message, and returns its sequence.

@@ -134,7 +134,7 @@ func memoryKeysGrowth(r *run, sizes []int) error {
 		t.rows = append(t.rows, append(append([]string{count(n)}, words...), size(each)))
 		_ = s.Close()
 	}
-	r.tables = append(r.tables, t)
+	r.table(t)
 	return nil
 }
 
@@ -161,7 +161,7 @@ func natsKeysGrowth(r *run, sizes []int) error {
 		}
 		t.rows = append(t.rows, append(append([]string{count(n)}, words...), size(each)))
 	}
-	r.tables = append(r.tables, t)
+	r.table(t)
 	return nil
 }
 
@@ -206,7 +206,7 @@ func memoryWatchGrowth(r *run, sizes []int) error {
 		}
 		t.rows = append(t.rows, []string{count(n), duration(none), duration(all), share, each})
 	}
-	r.tables = append(r.tables, t)
+	r.table(t)
 	return nil
 }
 
@@ -215,14 +215,14 @@ func drain(events <-chan *state.KeyValue) {
 	}
 }
 
-// natsWatchGrowth stops earlier: each watch is a consumer on the server.
+// natsWatchGrowth stops earlier: each event is delivered to all watches.
 func natsWatchGrowth(r *run, _ []int) error {
 	sizes := []int{1, 10, 100, 1000}
 	if r.quick {
 		sizes = sizes[:3]
 	}
 	t := table{
-		"NATSStore, by the number of watches (each is a consumer on the server, so that it ends at 1,000)",
+		"NATSStore, by the number of watches of one pattern, which share a consumer on the server",
 		[]string{"watches", "Watch", "Put, none matches", "Put to the last of all events", "memory a watch, client", "and server"}, nil,
 	}
 	for _, n := range sizes {
@@ -281,7 +281,7 @@ func natsWatchGrowth(r *run, _ []int) error {
 		_ = s.Close()
 		nc.Close()
 	}
-	r.tables = append(r.tables, t)
+	r.table(t)
 	return nil
 }
 
@@ -319,6 +319,6 @@ func waitingGrowth(r *run, sizes []int) error {
 		}
 		t.rows = append(t.rows, words)
 	}
-	r.tables = append(r.tables, t)
+	r.table(t)
 	return nil
 }

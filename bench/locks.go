@@ -17,11 +17,11 @@ const lockTTL = 30 * time.Second
 // lockGroup compares cycles of taking and releasing a lock that nobody else
 // wants. The names come in turn, so that each was released before.
 func lockGroup(r *run) error {
-	s, nc, err := r.openStore("state-locks")
+	s, nc, err := r.openStore("state-lock")
 	if err != nil {
 		return err
 	}
-	kv, kvConn, err := r.openKV("peer-locks", kvTTL)
+	kv, kvConn, err := r.openKV("peer-lock", kvTTL)
 	if err != nil {
 		return err
 	}

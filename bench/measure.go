@@ -11,23 +11,45 @@ import (
 
 // A run is one run of the program: what it started and what it found.
 type run struct {
-	quick  bool
-	rows   []row
-	notes  []string
-	tables []table
-	stops  []func()
-	nats   string // the server's URL, once it runs
+	quick    bool
+	sections []*section
+	points   []point // for the plot
+	stops    []func()
+	profiles int    // how many nats-servers were asked for a profile
+	nats     string // the URL of the server, once it runs
+	replicas int    // of the buckets that are opened; 0 for one
 }
 
-func (r *run) close() {
-	for _, stop := range slices.Backward(r.stops) {
+// A section is what one group found.
+type section struct {
+	name, title, text string
+	rows              []row
+	tables            []table
+	notes             []string
+}
+
+// close stops what was started, the last first.
+func (r *run) close() { r.closeTo(0) }
+
+// closeTo stops what was started since r.stops had that length.
+func (r *run) closeTo(length int) {
+	for _, stop := range slices.Backward(r.stops[length:]) {
 		stop()
 	}
-	r.stops = nil
+	r.stops = r.stops[:length]
 }
 
+// section returns that of the group that runs.
+func (r *run) section() *section { return r.sections[len(r.sections)-1] }
+
 func (r *run) note(format string, args ...any) {
-	r.notes = append(r.notes, fmt.Sprintf(format, args...))
+	s := r.section()
+	s.notes = append(s.notes, fmt.Sprintf(format, args...))
+}
+
+func (r *run) table(t table) {
+	s := r.section()
+	s.tables = append(s.tables, t)
 }
 
 // A row is one comparison.
@@ -136,6 +158,15 @@ func quantile(samples []float64, q float64) float64 {
 
 func median(samples []float64) float64 { return quantile(samples, 0.5) }
 
+// few returns a plan for operations that take long: each round is so many of
+// them, whatever the time.
+func (r *run) few(rounds, operations int) plan {
+	if r.quick {
+		rounds = 3
+	}
+	return plan{rounds: rounds, chunk: time.Hour, limit: operations}
+}
+
 // compare makes a row of two sides' samples.
 func compare(name string, ours, theirs string, our, their []float64) row {
 	ratios := make([]float64, len(our))
@@ -166,15 +197,16 @@ func (r *run) add(name string, p plan, targets []float64, sides ...side) error {
 	return nil
 }
 
-// put adds a row, and shows it to who waits for the end.
+// put adds a row and prints it, as progress.
 func (r *run) put(row row) {
-	r.rows = append(r.rows, row)
+	s := r.section()
+	s.rows = append(s.rows, row)
 	verdict := ""
 	if row.target != 0 && !row.met() {
 		verdict = "  MISSED"
 	}
-	fmt.Fprintf(os.Stderr, "  %-44s %-28s %8.3f [%.3f %.3f] target %.2f%s\n",
-		row.name, "/ "+row.theirs, row.ratio, row.low, row.high, row.target, verdict)
+	fmt.Fprintf(os.Stderr, "  %-44s %-28s %10s %10s %8.3f [%.3f %.3f] target %.2f%s\n",
+		row.name, "/ "+row.theirs, row.figure(row.our), row.figure(row.their), row.ratio, row.low, row.high, row.target, verdict)
 }
 
 // throughput turns nanoseconds an operation into operations a second.

@@ -16,6 +16,9 @@ import (
 	gocache "github.com/patrickmn/go-cache"
 )
 
+const memoryText = "The caches share the caller's slice: who changes the bytes changes the cache. *copying* means that they are " +
+	"made to copy on the way in and out, as MemoryStore does."
+
 // A mapStore is the least that can hold values: a map and a mutex. It has no
 // TTL.
 type mapStore struct {
@@ -56,6 +59,14 @@ type cache struct {
 	ttl  bool // it has a TTL for each key
 	get  func(key string) ([]byte, bool)
 	put  func(key string, v []byte)
+}
+
+// read reads a key that exists.
+func (c cache) read(key string) error {
+	if v, ok := c.get(key); !ok || len(v) != len(value) {
+		return fmt.Errorf("no %q", key)
+	}
+	return nil
 }
 
 // copying makes a cache do what a store must: nobody shares the bytes.
@@ -172,14 +183,7 @@ func memoryGroup(r *run) error {
 			ours func(string) error
 			peer func(cache) func(string) error
 		}{
-			{"Get", get, func(c cache) func(string) error {
-				return func(key string) error {
-					if v, ok := c.get(key); !ok || len(v) != len(value) {
-						return fmt.Errorf("no %q", key)
-					}
-					return nil
-				}
-			}},
+			{"Get", get, func(c cache) func(string) error { return c.read }},
 			{"Put with TTL", put, func(c cache) func(string) error {
 				return func(key string) error { c.put(key, value); return nil }
 			}},

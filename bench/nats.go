@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -24,13 +23,13 @@ const (
 	kvTTL = time.Hour
 )
 
-// openStore returns a store, with a connection of its own.
+// openStore returns a store, with a connection of its own. It is closed with r.
 func (r *run) openStore(bucket string) (*state.NATSStore, *nats.Conn, error) {
 	nc, err := r.connect()
 	if err != nil {
 		return nil, nil, err
 	}
-	s, err := state.NewNATSStore(state.NATSStoreConfig{Conn: nc, Bucket: bucket})
+	s, err := state.NewNATSStore(state.NATSStoreConfig{Conn: nc, Bucket: bucket, Replicas: r.replicas})
 	if err != nil {
 		return nil, nil, err
 	}
@@ -49,7 +48,9 @@ func (r *run) openKV(bucket string, markers time.Duration) (jetstream.KeyValue, 
 	if err != nil {
 		return nil, nil, err
 	}
-	kv, err := js.CreateKeyValue(ctx, jetstream.KeyValueConfig{Bucket: bucket, LimitMarkerTTL: markers})
+	kv, err := js.CreateKeyValue(ctx, jetstream.KeyValueConfig{
+		Bucket: bucket, LimitMarkerTTL: markers, Replicas: r.replicas,
+	})
 	return kv, nc, err
 }
 
@@ -284,66 +285,71 @@ func throughputGroup(r *run) error {
 			r.put(row)
 		}
 	}
-	return nil
+	return r.headers(p)
 }
 
-// keysGroup compares listings of many keys.
-func keysGroup(r *run) error {
-	const n = 50_000
-	s, kv, err := r.filled("list", n)
+// headers measures what headers cost a read: for each header that the server
+// adds to an answer it copies those that are there.
+func (r *run) headers(p plan) error {
+	s, nc, err := r.openStore("state-headers")
 	if err != nil {
 		return err
 	}
-	nc, err := r.connect()
-	if err != nil {
-		return err
+	for range 2 { // the second Put says when the key was created, too
+		if err := s.Put("key", value, kvTTL); err != nil {
+			return err
+		}
 	}
 	js, err := jetstream.New(nc)
 	if err != nil {
 		return err
 	}
-	same, err := js.KeyValue(ctx, "state-list")
+	stream, err := js.Stream(ctx, "KV_state-headers")
 	if err != nil {
 		return err
 	}
-	list := func(kv jetstream.KeyValue, filter string, want int) func() error {
-		return func() error {
-			lister, err := kv.ListKeysFiltered(ctx, filter)
-			if err != nil {
-				return err
-			}
-			got := 0
-			for range lister.Keys() {
-				got++
-			}
-			if got != want {
-				return fmt.Errorf("%d keys instead of %d", got, want)
-			}
-			return nil
-		}
+	written, err := stream.GetLastMsgForSubject(ctx, "$KV.state-headers.key")
+	if err != nil {
+		return err
 	}
-	keys := func(pattern string, want int) func() error {
-		return func() error {
-			got, err := s.Keys(pattern)
-			if err == nil && len(got) != want {
-				err = fmt.Errorf("%d keys instead of %d", len(got), want)
-			}
+	ours := nats.Header{
+		"Nats-TTL": written.Header["Nats-TTL"], "Nats-Expected-Last-Subject-Sequence": {"0"}, "State": written.Header["State"],
+	}
+	three := nats.Header{
+		"Nats-TTL": ours["Nats-TTL"], "Nats-Expected-Last-Subject-Sequence": {"0"},
+		"State-Op": {nats.NewInbox()[7:29]}, "State-Created": {"1764100000123456789"}, "State-TTL": {"3600000000000"},
+	}
+	var sides []side
+	for _, written := range []struct {
+		name    string
+		headers nats.Header
+	}{{"one header of ours", ours}, {"three, as it was", three}, {"no header at all", nil}} {
+		bucket := fmt.Sprintf("headers-%d", len(written.headers))
+		kv, _, err := r.openKV(bucket, kvTTL)
+		if err != nil {
 			return err
 		}
+		for i := range clients {
+			msg := &nats.Msg{Subject: fmt.Sprintf("$KV.%s.client-%d", bucket, i), Header: written.headers, Data: value}
+			if _, err := js.PublishMsg(ctx, msg); err != nil {
+				return err
+			}
+		}
+		sides = append(sides, together(written.name, func(client int) error {
+			_, err := kv.Get(ctx, fmt.Sprintf("client-%d", client))
+			return err
+		}))
 	}
-	all, few := plan{rounds: 40}, r.plan(5)
-	if r.quick {
-		all.rounds = 7
-	}
-	const own, ours = kvGo + " ListKeysFiltered", kvGo + " ListKeysFiltered on our bucket"
-	err = r.add("Keys, all of 50,000", all, []float64{0.8, 0.8},
-		timed(us, keys("*", n)), timed(own, list(kv, ">", n)), timed(ours, list(same, ">", n)))
+	samples, err := measure(p, sides...)
 	if err != nil {
 		return err
 	}
-	return r.add("Keys, 500 of 50,000", few, []float64{0.8, 0.8},
-		timed(us, keys("group-007.*", n/100)),
-		timed(own, list(kv, "group-007.>", n/100)), timed(ours, list(same, "group-007.>", n/100)))
+	for i, theirs := range sides[1:] {
+		row := compare("64 goroutines: nats.go KV Get of a value", sides[0].name, theirs.name, throughput(samples[0]), throughput(samples[i+1]))
+		row.unit, row.atLeast = "op/s", true
+		r.put(row)
+	}
+	return nil
 }
 
 func groupKey(i int) string { return fmt.Sprintf("group-%03d.key-%06d", i%100, i) }
@@ -365,17 +371,7 @@ func (r *run) filled(name string, n int) (*state.NATSStore, jetstream.KeyValue, 
 	if err != nil {
 		return nil, nil, err
 	}
-	for i := range n {
-		if _, err := js.PublishAsync("$KV.peer-"+name+"."+groupKey(i), value); err != nil {
-			return nil, nil, err
-		}
-	}
-	select {
-	case <-js.PublishAsyncComplete():
-		return s, kv, nil
-	case <-time.After(time.Minute):
-		return nil, nil, errors.New("filling takes too long")
-	}
+	return s, kv, publishAll(js, "$KV.peer-"+name+".", n)
 }
 
 // fill puts the keys from one number up to another, from many goroutines.
@@ -394,76 +390,4 @@ func fill(s state.StateStore, from, to int) error {
 		}
 	}).do(clients)
 	return err
-}
-
-// watchGroup compares the time from the beginning of a Put to its event.
-func watchGroup(r *run) error {
-	s, _, err := r.openStore("state-watch")
-	if err != nil {
-		return err
-	}
-	kv, _, err := r.openKV("peer-watch", 0)
-	if err != nil {
-		return err
-	}
-	events, err := s.Watch("watched.*")
-	if err != nil {
-		return err
-	}
-	watcher, err := kv.Watch(ctx, "watched.>", jetstream.UpdatesOnly())
-	if err != nil {
-		return err
-	}
-	defer func() { _ = watcher.Stop() }()
-
-	ours, theirs := make(chan time.Time, 1), make(chan time.Time, 1)
-	go func() {
-		for range events {
-			ours <- time.Now()
-		}
-	}()
-	go func() {
-		for range watcher.Updates() {
-			theirs <- time.Now()
-		}
-	}()
-	err = r.add("Put to event", r.plan(8), []float64{1},
-		untilEvent(us, ours, func() error { return s.Put("watched.key", value, 0) }),
-		untilEvent(kvGo+" Watch", theirs, func() error { _, err := kv.Put(ctx, "watched.key", value); return err }))
-	if err != nil {
-		return err
-	}
-	// The same, if what is written, and how, is the same.
-	nc, err := r.connect()
-	if err != nil {
-		return err
-	}
-	publish := func(bucket string) func() error {
-		return func() error {
-			_, err := nc.Request("$KV."+bucket+".watched.other", value, 5*time.Second)
-			return err
-		}
-	}
-	return r.add("plain publish to event", r.plan(8), []float64{1},
-		untilEvent(us, ours, publish("state-watch")), untilEvent(kvGo+" Watch", theirs, publish("peer-watch")))
-}
-
-// untilEvent makes a side of the time from the beginning of a Put until its
-// event has come, which may be before the Put is acknowledged.
-func untilEvent(name string, seen <-chan time.Time, put func() error) side {
-	return side{name, func(n int) (sum time.Duration, err error) {
-		for range n {
-			start := time.Now()
-			if err := put(); err != nil {
-				return 0, err
-			}
-			select {
-			case at := <-seen:
-				sum += at.Sub(start)
-			case <-time.After(10 * time.Second):
-				return 0, errors.New("no event")
-			}
-		}
-		return sum, nil
-	}}
 }

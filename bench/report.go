@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"html"
 	"math"
 	"os"
 	"path/filepath"
@@ -62,6 +61,12 @@ func (r row) figure(x float64) string {
 		return count(int(math.Round(x/100))*100) + "/s"
 	case "requests":
 		return fmt.Sprintf("%.4g", x)
+	case "messages/s":
+		return digits(x) + "/s"
+	case "CPU":
+		return duration(x) + "/s"
+	case "bytes":
+		return size(x)
 	}
 	return duration(x)
 }
@@ -109,12 +114,11 @@ func cpu() string {
 }
 
 const (
-	intro = "Every server is a process of its own on loopback. The contestants take turns of 10 to 100 ms; a ratio, of ours to " +
-		"theirs, is the median over the rounds, in brackets its quartiles. Values have 128 bytes; TTLs are an hour, those of " +
-		"locks 30 seconds. nats-server and etcd write to disk without waiting for it, redis-server keeps nothing."
-	more = " *echo* is a plain NATS request that a responder inside the server sends back. The caches share the caller's " +
-		"slice: who changes the bytes changes the cache. *copying* means that they are made to copy on the way in and out, " +
-		"as MemoryStore does."
+	intro = "Every server is a process of its own on loopback. Contestants take turns, and a ratio, of ours to theirs, is the " +
+		"median over the rounds of one run, in brackets its quartiles. Values have 128 bytes."
+	more = " TTLs are an hour, those of locks 30 seconds, where nothing else is said. nats-server and etcd write to disk " +
+		"without waiting for it, redis-server keeps nothing. *echo* is a plain NATS request that a responder inside the server " +
+		"sends back. What stands in the way of the targets that are missed: [README](README.md)."
 )
 
 // head says what was run, and on what.
@@ -128,35 +132,28 @@ func (r *run) head() string {
 		version("github.com/nats-io/nats-server/v2"), version("github.com/nats-io/nats.go"), version("go.etcd.io/etcd/server/v3"))
 }
 
-// comparisons writes the table of the rows that keep returns true for.
-func (r *run) comparisons(keep func(row) bool) string {
+const comparisonHead = "| | ours | compared with | theirs | ratio | target | met |\n|---|--:|---|--:|--:|--:|---|\n"
+
+// comparison writes a row of a table that begins with comparisonHead.
+func (r row) comparison() string {
+	return fmt.Sprintf("| %s | %s | %s | %s | %.2f [%.2f, %.2f] | %s | %s |\n", r.name, r.figure(r.our),
+		r.theirs, r.figure(r.their), r.ratio, r.low, r.high, r.bound(), r.verdict())
+}
+
+// markdown writes a section.
+func (s *section) markdown() string {
 	var b strings.Builder
-	b.WriteString("| | ours | compared with | theirs | ratio | target | met |\n|---|--:|---|--:|--:|--:|---|\n")
-	for _, row := range r.rows {
-		if keep(row) {
-			fmt.Fprintf(&b, "| %s | %s | %s | %s | %.2f [%.2f, %.2f] | %s | %s |\n", row.name, row.figure(row.our),
-				row.theirs, row.figure(row.their), row.ratio, row.low, row.high, row.bound(), row.verdict())
+	fmt.Fprintf(&b, "\n## %s\n\n%s\n", s.title, s.text)
+	if len(s.rows) > 0 {
+		b.WriteString("\n" + comparisonHead)
+		for _, row := range s.rows {
+			b.WriteString(row.comparison())
 		}
 	}
-	for _, note := range r.notes {
+	for _, note := range s.notes {
 		fmt.Fprintf(&b, "\n%s\n", note)
 	}
-	return b.String()
-}
-
-// brief writes what the README shows: what there is a target for, and locks.
-func (r *run) brief() string {
-	return r.head() + intro + " [bench](bench/README.md) has the rest: what the others were made to do, what stands in the way " +
-		"of the targets that are missed, and [how the cost grows](bench/RESULTS.md).\n\n" +
-		r.comparisons(func(row row) bool { return row.target != 0 || strings.HasPrefix(row.name, "Lock") }) +
-		"\n![the ratios, as bars](bench/results.svg)\n"
-}
-
-// full writes all that was found.
-func (r *run) full() string {
-	var b strings.Builder
-	b.WriteString(r.head() + intro + more + "\n\n" + r.comparisons(func(row) bool { return true }))
-	for _, t := range r.tables {
+	for _, t := range s.tables {
 		fmt.Fprintf(&b, "\n%s:\n\n| %s |\n|%s\n", t.title, strings.Join(t.head, " | "), strings.Repeat("--:|", len(t.head)))
 		for _, row := range t.rows {
 			fmt.Fprintf(&b, "| %s |\n", strings.Join(row, " | "))
@@ -165,19 +162,87 @@ func (r *run) full() string {
 	return b.String()
 }
 
+// full writes all that was found.
+func (r *run) full() string {
+	var b strings.Builder
+	b.WriteString(r.head() + intro + more + "\n")
+	for _, s := range r.sections {
+		b.WriteString(s.markdown())
+	}
+	return b.String()
+}
+
+// questions are what a user asks first. Each is a line of the README's table,
+// with the rows that answer it.
+var questions = []struct {
+	question string
+	rows     []string // by name; the first of that name
+}{
+	{"Get", []string{"Get"}},
+	{"Put", []string{"Put, own key"}},
+	{"Lock and Unlock", []string{"Lock+Unlock"}},
+	{"from a change to its event", []string{"Put to event"}},
+	{"server CPU per agent, of 100 / of 1,000", []string{agentsRow(100, serverCPU), agentsRow(1000, serverCPU)}},
+	{"a death is known to 100 / 1,000 agents, after its TTL", []string{agentsRow(100, deathKnown), agentsRow(1000, deathKnown)}},
+}
+
+// brief writes what the README shows.
+func (r *run) brief() string {
+	var b strings.Builder
+	b.WriteString(r.head() + intro + " [bench](bench/README.md) says how it is measured and what stands in the way of the targets " +
+		"that are missed; [RESULTS](bench/RESULTS.md) has the rest: fan-out, opening, shared keys, distance, three replicas, " +
+		"other stores, and how the cost grows.\n\n")
+	b.WriteString("| | ours | nats.go KV | ratio | target | met |\n|---|--:|--:|--:|--:|---|\n")
+	for _, q := range questions {
+		var cells [5][]string
+		for _, name := range q.rows {
+			if row := r.row(name); row != nil {
+				for i, cell := range []string{
+					row.figure(row.our), row.figure(row.their),
+					fmt.Sprintf("%.2f [%.2f, %.2f]", row.ratio, row.low, row.high), row.bound(), row.verdict(),
+				} {
+					if i < 3 || len(cells[i]) == 0 || cells[i][0] != cell { // the same target and verdict are written once
+						cells[i] = append(cells[i], cell)
+					}
+				}
+			}
+		}
+		fmt.Fprintf(&b, "| %s", q.question)
+		for _, cell := range cells {
+			b.WriteString(" | " + strings.Join(cell, " / "))
+		}
+		b.WriteString(" |\n")
+	}
+	b.WriteString("\nAn agent sends a heartbeat a second, follows the configuration, knows who is alive, and waits for a leader's lock:\n\n" +
+		"![cost per agent, by the number of agents](bench/agents.svg)\n")
+	return b.String()
+}
+
+// row returns the first row of that name.
+func (r *run) row(name string) *row {
+	for _, s := range r.sections {
+		for i := range s.rows {
+			if s.rows[i].name == name {
+				return &s.rows[i]
+			}
+		}
+	}
+	return nil
+}
+
 const (
 	begin = "<!-- bench:begin -->"
 	end   = "<!-- bench:end -->"
 )
 
-// publish writes bench/RESULTS.md and bench/results.svg and, between its marks,
+// publish writes bench/RESULTS.md and bench/agents.svg and, between its marks,
 // the README.
 func (r *run) publish(dir string) error {
-	results := "# Results\n\n![the ratios, as bars](results.svg)\n\n" + r.full()
+	results := "# Results\n\n![cost per agent, by the number of agents](agents.svg)\n\n" + r.full()
 	if err := os.WriteFile(filepath.Join(dir, "bench", "RESULTS.md"), []byte(results), 0o644); err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(dir, "bench", "results.svg"), []byte(r.svg()), 0o644); err != nil {
+	if err := r.plot(filepath.Join(dir, "bench", "agents.svg")); err != nil {
 		return err
 	}
 	readme := filepath.Join(dir, "README.md")
@@ -191,65 +256,4 @@ func (r *run) publish(dir string) error {
 		return fmt.Errorf("%s has no %s and %s", readme, begin, end)
 	}
 	return os.WriteFile(readme, []byte(before+begin+"\n"+r.brief()+end+after), 0o644)
-}
-
-// svg draws the ratios as bars on a logarithmic scale, one element a line so
-// that changes can be read. To the left of 1 is better; a ratio that should be
-// large is turned round.
-func (r *run) svg() string {
-	const (
-		left, right, width = 420, 90, 860
-		top, line          = 58, 20
-		lowest, highest    = 1.0 / 64, 8.0
-	)
-	x := func(ratio float64) float64 {
-		ratio = min(max(ratio, lowest), highest)
-		return left + (width-left-right)*math.Log(ratio/lowest)/math.Log(highest/lowest)
-	}
-	height := top + line*len(r.rows) + 20
-	var b strings.Builder
-	p := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
-	p(`<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %d %d" font-family="sans-serif" font-size="12">`, width, height, width, height)
-	p(`<rect width="%d" height="%d" fill="#fff"/>`, width, height)
-	p(`<text x="10" y="20" font-size="15">This package's cost beside others', as ratios of medians in one run</text>`)
-	p(`<text x="10" y="38" fill="#666">left of 1: cheaper than what it is compared with; | is the target, if there is one; whiskers are quartiles</text>`)
-	for _, tick := range []float64{1.0 / 64, 1.0 / 16, 0.25, 0.5, 1, 2, 4, 8} {
-		color := "#ddd"
-		if tick == 1 {
-			color = "#888"
-		}
-		label := fmt.Sprintf("%g", tick)
-		if tick < 0.1 {
-			label = fmt.Sprintf("1/%g", 1/tick)
-		}
-		p(`<line x1="%.1f" y1="%d" x2="%.1f" y2="%d" stroke="%s"/>`, x(tick), top-4, x(tick), height-18, color)
-		p(`<text x="%.1f" y="%d" text-anchor="middle" fill="#666">%s</text>`, x(tick), height-5, label)
-	}
-	for i, row := range r.rows {
-		ratio, low, high, target := row.ratio, row.low, row.high, row.target
-		if row.atLeast {
-			ratio, low, high = 1/ratio, 1/high, 1/low
-			if target != 0 {
-				target = 1 / target
-			}
-		}
-		y := top + line*i
-		color := "#9ab"
-		switch {
-		case row.target != 0 && row.met():
-			color = "#4a8"
-		case row.target != 0:
-			color = "#d55"
-		}
-		from, to := min(x(ratio), x(1)), max(x(ratio), x(1))
-		p(`<text x="%d" y="%d" text-anchor="end">%s / %s</text>`, left-8, y+12, html.EscapeString(row.name), html.EscapeString(row.theirs))
-		p(`<rect x="%.1f" y="%d" width="%.1f" height="12" fill="%s"/>`, from, y+2, to-from, color)
-		p(`<line x1="%.1f" y1="%d" x2="%.1f" y2="%d" stroke="#333"/>`, x(low), y+8, x(high), y+8)
-		if target != 0 {
-			p(`<line x1="%.1f" y1="%d" x2="%.1f" y2="%d" stroke="#000" stroke-width="2"/>`, x(target), y, x(target), y+16)
-		}
-		p(`<text x="%d" y="%d">%.2f</text>`, width-right+20, y+12, row.ratio)
-	}
-	p(`</svg>`)
-	return b.String()
 }

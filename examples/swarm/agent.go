@@ -2,30 +2,28 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"example.com/state"
 )
 
 const (
-	leaderLease = 1500 * time.Millisecond // a dead leader is missed for no longer
-	taskLease   = time.Second             // nor is a dead worker; no task takes as long
-	heartbeat   = time.Second             // an agent that is silent for so long is gone
+	leaderLease = 1500 * time.Millisecond // a dead leader is replaced after this time
+	taskLease   = time.Second             // the task of a dead worker is taken over after this time
+	heartbeat   = time.Second             // an agent that is silent for this long is gone
 	planEvery   = 150 * time.Millisecond
-	keepRecords = time.Minute // of tasks and terms, for those who want to know
+	keepRecords = time.Minute // of tasks and terms
 )
 
 // An Agent is one member of the swarm. All that it knows of the others it knows
 // from the store:
 //
-//	agents.<name>   is there while the agent is alive
-//	config.pace     is how long a task takes
-//	leader.<term>   is who led, or leads; the term is the lock's fencing token
+//	agents.<name>    exists while the agent is alive
+//	config.pace      is how long a task takes
+//	leader.<term>    names the leader of a term, which is the lock's fencing token
 //	tasks.<term>-<n> is "open" or "done by <name>"
 //
 // and the locks "leader" and "tasks.<term>-<n>".
@@ -33,39 +31,56 @@ type Agent struct {
 	Name  string
 	Store state.Store
 
-	// Tell is told what goes wrong.
+	// Tell reports what goes wrong.
 	Tell func(format string, args ...any)
-	// Terms is told of each grant and each extension of the leader's lease.
+	// Terms is called when the agent becomes the leader, and whenever it acts
+	// as one.
 	Terms func(Term)
 	// Midway, unless nil, is called in the middle of every task.
 	Midway func(task string)
 
-	pace        atomic.Int64
+	config      *state.Cache
+	open        map[string]bool // tasks that are not done; owned by work
 	stop        context.CancelFunc
 	stopLeading context.CancelFunc
 	leading     sync.WaitGroup
 	running     sync.WaitGroup
 }
 
-// A Term is what an agent knows of its being the leader: nobody else is before
-// Until.
+// A Term is the time during which an agent was the leader, as far as it has
+// acted as one.
 type Term struct {
 	Leader         string
 	Token          uint64
 	Granted, Until time.Time
 }
 
-// Start sets the agent to work.
-func (a *Agent) Start() {
+// Start sets the agent to work, until Stop.
+func (a *Agent) Start() (err error) {
 	ctx, stop := context.WithCancel(context.Background())
-	a.stop = stop
-	a.running.Go(func() { a.again(ctx, "heartbeat", a.beat) })
-	a.running.Go(func() { a.again(ctx, "configuration", a.follow) })
-	a.running.Go(func() { a.again(ctx, "work", a.work) })
-
+	defer func() {
+		if err != nil {
+			stop()
+		}
+	}()
+	if a.config, err = state.NewCache(ctx, a.Store, "config.*"); err != nil {
+		return err
+	}
+	tasks, changes, err := state.Follow(ctx, a.Store, "tasks.*")
+	if err != nil {
+		return err
+	}
 	leading, stopLeading := context.WithCancel(ctx)
-	a.stopLeading = stopLeading
-	a.leading.Go(func() { a.again(leading, "leading", a.campaign) })
+	a.stop, a.stopLeading = stop, stopLeading
+	a.running.Go(func() {
+		alive := func() []byte { return []byte("alive") }
+		if err := state.KeepAlive(ctx, a.Store, "agents."+a.Name, heartbeat, alive); err != nil {
+			a.Tell("heartbeat: %v", err)
+		}
+	})
+	a.running.Go(func() { a.work(ctx, tasks, changes) })
+	a.leading.Go(func() { a.campaign(leading) })
+	return nil
 }
 
 // Resign makes the agent stop leading, and not try again.
@@ -74,212 +89,126 @@ func (a *Agent) Resign() {
 	a.leading.Wait()
 }
 
-// Stop ends the agent. It returns when nothing of it runs any more.
+// Stop ends the agent. It returns when its goroutines have finished.
 func (a *Agent) Stop() {
 	a.stop()
 	a.leading.Wait()
 	a.running.Wait()
 }
 
-// Pace is how long a task takes, for all that the agent has heard.
-func (a *Agent) Pace() time.Duration { return time.Duration(a.pace.Load()) }
-
-// again runs a part of the agent until ctx is done. Whatever fails, it starts
-// over from what the store says: no part remembers anything.
-func (a *Agent) again(ctx context.Context, name string, part func(context.Context) error) {
-	for {
-		err := part(ctx)
-		if ctx.Err() != nil {
-			return
-		}
-		a.Tell("%s: %v", name, err)
-		sleep(ctx, 100*time.Millisecond)
-	}
+// Pace returns how long a task takes, as far as the agent knows.
+func (a *Agent) Pace() time.Duration {
+	value, _ := a.config.Get("config.pace")
+	pace, _ := time.ParseDuration(string(value))
+	return pace
 }
 
-// beat says that the agent is alive, again and again. When it stops, so do all
-// others know, a heartbeat later.
-func (a *Agent) beat(ctx context.Context) error {
-	key := "agents." + a.Name
-	for {
-		if err := a.Store.Put(key, []byte("alive"), heartbeat); err != nil {
-			return err
-		}
-		if !sleep(ctx, heartbeat/3) {
-			return a.Store.Delete(key)
+// campaign leads whenever the agent gets the lock, until ctx ends.
+func (a *Agent) campaign(ctx context.Context) {
+	for ctx.Err() == nil {
+		err := state.WithLock(ctx, a.Store, "leader", leaderLease, a.lead)
+		if err != nil && ctx.Err() == nil {
+			a.Tell("leading: %v", err)
+			sleep(ctx, 100*time.Millisecond)
 		}
 	}
 }
 
-var errWatchEnded = errors.New("the watch has ended")
-
-// follow keeps the agent's configuration up to date: first Watch, then Get, so
-// that no change is missed in between.
-func (a *Agent) follow(ctx context.Context) error {
-	changes, err := a.Store.WithContext(ctx).Watch("config.pace")
-	if err != nil {
-		return err
-	}
-	value, err := a.Store.Get("config.pace")
-	if err != nil && err != state.ErrNotFound {
-		return err
-	}
-	for {
-		if pace, err := time.ParseDuration(string(value)); err == nil {
-			a.pace.Store(int64(pace))
-		}
-		kv, ok := <-changes
-		if !ok {
-			return errWatchEnded
-		}
-		value = kv.Value
-	}
-}
-
-// campaign tries to become the leader.
-func (a *Agent) campaign(ctx context.Context) error {
-	for {
-		asked := time.Now()
-		lock, err := a.Store.Lock("leader", leaderLease)
-		switch {
-		case err == nil:
-			if err := a.lead(ctx, lock, asked); err != nil {
-				return err
-			}
-		case err != state.ErrLockHeld:
-			return err
-		}
-		if !sleep(ctx, leaderLease/15) {
-			return nil
-		}
-	}
-}
-
-// lead plans tasks for as long as the lease can be kept.
-func (a *Agent) lead(ctx context.Context, lock state.Lock, asked time.Time) error {
-	defer lock.Unlock() // or the others wait for the lease to lapse
-	// The token is the term's number: whoever leads later has a higher one, and
-	// can plan nothing under the same names.
-	term := Term{Leader: a.Name, Token: lock.(state.Fenced).Token(), Granted: time.Now(), Until: asked.Add(leaderLease)}
-	defer func() {
-		if now := time.Now(); now.Before(term.Until) {
-			term.Until = now // it gives the rest away
-		}
-		a.Terms(term)
-	}()
+// lead plans tasks until ctx ends, which it does when the lock is lost. The
+// token is part of their names: a later leader has a higher one, so that two
+// leaders never plan tasks of the same name.
+func (a *Agent) lead(ctx context.Context, token uint64) error {
+	now := time.Now()
+	term := Term{Leader: a.Name, Token: token, Granted: now, Until: now}
 	a.Terms(term)
-	if err := a.Store.Put(fmt.Sprintf("leader.%d", term.Token), []byte(a.Name), keepRecords); err != nil {
+	if err := a.Store.Put(fmt.Sprintf("leader.%d", token), []byte(a.Name), keepRecords); err != nil {
 		return err
 	}
-	refresh, plan := time.NewTicker(leaderLease/3), time.NewTicker(planEvery)
-	defer refresh.Stop()
-	defer plan.Stop()
-	for n := 1; ; {
-		select {
-		case <-ctx.Done():
+	for n := 1; sleep(ctx, planEvery); n++ {
+		if now = time.Now(); ctx.Err() != nil {
 			return nil
-		case <-refresh.C:
-			asked := time.Now()
-			if err := lock.Refresh(); err != nil {
-				return err
-			}
-			term.Until = asked.Add(leaderLease)
-			a.Terms(term)
-		case <-plan.C:
-			if !time.Now().Before(term.Until) {
-				return state.ErrLockExpired // for all that this agent can know
-			}
-			if err := a.Store.Put(fmt.Sprintf("tasks.%d-%d", term.Token, n), []byte("open"), keepRecords); err != nil {
-				return err
-			}
-			n++
+		}
+		term.Until = now
+		a.Terms(term)
+		if err := a.Store.Put(fmt.Sprintf("tasks.%d-%d", token, n), []byte("open"), keepRecords); err != nil {
+			return err
 		}
 	}
+	return nil
 }
 
 // work does the tasks that nobody else does.
-func (a *Agent) work(ctx context.Context) error {
-	changes, err := a.Store.WithContext(ctx).Watch("tasks.*")
-	if err != nil {
-		return err
+func (a *Agent) work(ctx context.Context, tasks []*state.KeyValue, changes <-chan *state.KeyValue) {
+	a.open = make(map[string]bool)
+	for _, kv := range tasks {
+		a.note(kv)
 	}
-	keys, err := a.Store.Keys("tasks.*")
-	if err != nil {
-		return err
-	}
-	open := make(map[string]bool)
-	for _, key := range keys {
-		open[key] = true // or done; it will turn out
-	}
-	// Now and then it looks whether somebody died over a task.
+	// A task that is open and locked may have been given up by an agent that died.
 	look := time.NewTicker(taskLease / 2)
 	defer look.Stop()
 	for {
-		var candidates []string
 		select {
 		case kv, ok := <-changes:
 			if !ok {
-				return errWatchEnded
+				return
 			}
-			if string(kv.Value) != "open" {
-				delete(open, kv.Key)
-				continue
+			if a.note(kv) {
+				a.do(ctx, kv.Key)
 			}
-			open[kv.Key] = true
-			candidates = []string{kv.Key}
 		case <-look.C:
-			for task := range open {
-				candidates = append(candidates, task)
-			}
-		}
-		for _, task := range candidates {
-			done, err := a.do(ctx, task)
-			if err != nil || ctx.Err() != nil {
-				return err
-			}
-			if done {
-				delete(open, task)
+			for task := range a.open {
+				a.do(ctx, task)
 			}
 		}
 	}
 }
 
-// do does a task, unless somebody else does it or has done it. It reports
-// whether the task is done.
+// note reports whether a task is open.
+func (a *Agent) note(kv *state.KeyValue) (open bool) {
+	if open = string(kv.Value) == "open"; open {
+		a.open[kv.Key] = true
+	} else {
+		delete(a.open, kv.Key)
+	}
+	return open
+}
+
+// do does a task, unless somebody else is doing it or has done it. If it fails,
+// the task stays open, and is tried again.
 //
-// The lock keeps two agents from doing the same work. That it is done only once,
-// whatever happens to locks and agents, is decided by the last line: it writes
-// only on top of the "open" that was read under the lock.
-func (a *Agent) do(ctx context.Context, task string) (done bool, err error) {
-	lock, err := a.Store.Lock(task, taskLease)
-	if err == state.ErrLockHeld {
-		return false, nil
+// The lock keeps two agents from doing the same work. Update makes sure that the
+// task is done only once, whatever happens to locks and agents: it writes only
+// on top of the "open" that was read under the lock.
+func (a *Agent) do(ctx context.Context, task string) {
+	lock, err := a.Store.WithContext(ctx).Lock(task, taskLease)
+	if err == nil {
+		err = state.Hold(ctx, lock, taskLease, func(ctx context.Context, _ uint64) error {
+			kv, err := a.Store.GetKeyValue(task)
+			if err == state.ErrNotFound || err == nil && !a.note(kv) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			halfway := sleep(ctx, a.Pace()/2) // the work
+			if a.Midway != nil {
+				a.Midway(task)
+			}
+			if !halfway || !sleep(ctx, a.Pace()/2) {
+				return ctx.Err()
+			}
+			_, err = a.Store.Update(task, []byte(doneBy+a.Name), keepRecords, kv.Revision)
+			return err
+		})
 	}
-	if err != nil {
-		return false, err
+	switch {
+	case err == nil:
+		delete(a.open, task)
+	case err == state.ErrLockHeld, err == state.ErrConflict, ctx.Err() != nil:
+		// Somebody else is doing it, or has done it, or this agent stops.
+	default:
+		a.Tell("task %s: %v", task, err)
 	}
-	defer lock.Unlock()
-	kv, err := a.Store.GetKeyValue(task)
-	if err == state.ErrNotFound || err == nil && string(kv.Value) != "open" {
-		return true, nil
-	}
-	if err != nil {
-		return false, err
-	}
-
-	sleep(ctx, a.Pace()/2) // the work
-	if a.Midway != nil {
-		a.Midway(task)
-	}
-	if !sleep(ctx, a.Pace()/2) {
-		return false, nil // stopped in the middle of it: somebody else will do it
-	}
-
-	_, err = a.Store.Update(task, []byte(doneBy+a.Name), keepRecords, kv.Revision)
-	if err == state.ErrConflict {
-		return true, nil
-	}
-	return err == nil, err
 }
 
 // doneBy begins the record of a task that is done.

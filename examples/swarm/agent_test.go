@@ -1,38 +1,41 @@
 package main
 
 import (
+	"errors"
 	"io"
+	"runtime"
 	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"example.com/state"
+	"example.com/state/statetest"
 )
 
 // TestSwarmForAnHour runs agents for an hour, which in memory and in a bubble
-// takes less than a second. Every ten minutes the leader resigns.
+// takes a few seconds. Every ten minutes the leader resigns.
 func TestSwarmForAnHour(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := state.NewMemoryStore()
 		defer store.Close()
-		w := NewWitness(io.Discard)
-		events, err := store.Watch("*")
+		w, err := Observe(store, io.Discard)
 		if err != nil {
 			t.Fatal(err)
 		}
-		go w.Watch(events)
 		if err := store.Put("config.pace", []byte("200ms"), 0); err != nil {
 			t.Fatal(err)
 		}
 
 		var agents []*Agent
 		for _, name := range []string{"ada", "grace", "alan", "barbara", "edsger", "tony"} {
-			a := &Agent{Name: name, Store: store, Terms: w.Term, Tell: func(format string, args ...any) {
+			a := &Agent{Name: name, Store: store.Client(), Terms: w.Term, Tell: func(format string, args ...any) {
 				t.Errorf(name+": "+format, args...)
 			}}
 			agents = append(agents, a)
-			a.Start()
+			if err := a.Start(); err != nil {
+				t.Fatal(err)
+			}
 		}
 		var led []string
 		for range agents {
@@ -45,7 +48,7 @@ func TestSwarmForAnHour(t *testing.T) {
 				}
 			}
 		}
-		time.Sleep(time.Minute) // to do what is left
+		time.Sleep(time.Minute) // what is left is done
 		for _, a := range agents {
 			a.Stop()
 		}
@@ -66,5 +69,52 @@ func TestSwarmForAnHour(t *testing.T) {
 		if alive := w.Alive(); len(alive) > 0 {
 			t.Errorf("%v are still there", alive)
 		}
+	})
+}
+
+// TestSwarmOutlivesFailures has all locks and then all watches of the agents
+// fail for a while. They go on afterwards, and leave nothing behind.
+func TestSwarmOutlivesFailures(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		memory := state.NewMemoryStore()
+		defer memory.Close()
+		w, err := Observe(memory, io.Discard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := memory.Put("config.pace", []byte("200ms"), 0); err != nil {
+			t.Fatal(err)
+		}
+		store := statetest.Wrap(memory.Client())
+		defer store.Close()
+		failures := 0
+		a := &Agent{Name: "ada", Store: store, Terms: w.Term, Tell: func(string, ...any) { failures++ }}
+		if err := a.Start(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		_, before, _ := w.Tasks()
+		goroutines := runtime.NumGoroutine()
+
+		store.On(statetest.Lock|statetest.Refresh, "*").For(10 * time.Minute).Fail(errors.New("no lock today"))
+		time.Sleep(5 * time.Minute)
+		store.Watches("*").End()
+		if err := memory.Put("config.pace", []byte("100ms"), 0); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(6 * time.Minute)
+		if failures == 0 {
+			t.Error("nothing failed")
+		}
+		if n := runtime.NumGoroutine(); n > goroutines+10 {
+			t.Errorf("%d goroutines became %d", goroutines, n)
+		}
+		if _, after, _ := w.Tasks(); after < before+200 {
+			t.Errorf("%d tasks were done before, %d in all", before, after)
+		}
+		if pace := a.Pace(); pace != 100*time.Millisecond {
+			t.Errorf("the pace is %v", pace)
+		}
+		a.Stop()
 	})
 }

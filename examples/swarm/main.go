@@ -1,14 +1,14 @@
 // Swarm shows what package state is for: a few agents that share nothing but a
-// store, and that stay of one mind when some of them die.
+// store, and that go on working together when some of them die.
 //
 //	go run ./examples/swarm
 //
 // runs five agents on a NATS server inside this process, each on a connection
-// and a store of its own, for about ten seconds. One leads, by a lock that it
-// refreshes, and plans tasks; all do tasks, each under a lock; all send
-// heartbeats, and follow a setting by a watch. Then the leader is cut off in the
-// middle of its term, and a worker in the middle of a task. At the end the run
-// checks itself; its exit code is 1 if anything was not as it should be.
+// and a store of its own, for about ten seconds. One leads, under a lock, and
+// plans tasks; all do tasks, each under a lock; all send heartbeats, and read a
+// setting from a cache. Then the leader is cut off in the middle of its term, and
+// a worker in the middle of a task. At the end the run checks itself; its exit
+// code is 1 if anything was not as it should be.
 //
 //	go run ./examples/swarm -nats nats://host:4222
 //
@@ -57,7 +57,7 @@ func main() {
 	}
 }
 
-// A member is an agent with the connection that it lives by.
+// A member is an agent and its connection.
 type member struct {
 	*Agent
 	nc   *nats.Conn
@@ -70,7 +70,6 @@ type Swarm struct {
 	members []*member
 	nc      *nats.Conn
 	store   *state.NATSStore
-	watched chan struct{} // closed when the watch has ended
 }
 
 func open(url string) (*nats.Conn, *state.NATSStore, error) {
@@ -88,19 +87,14 @@ func open(url string) (*nats.Conn, *state.NATSStore, error) {
 
 // gather starts the agents and the witness.
 func gather(out io.Writer, url string, pace time.Duration, names []string) (*Swarm, error) {
-	s := &Swarm{Witness: NewWitness(out), watched: make(chan struct{})}
+	s := &Swarm{}
 	var err error
 	if s.nc, s.store, err = open(url); err != nil {
 		return nil, err
 	}
-	events, err := s.store.Watch("*")
-	if err != nil {
+	if s.Witness, err = Observe(s.store, out); err != nil {
 		return nil, err
 	}
-	go func() {
-		defer close(s.watched)
-		s.Watch(events)
-	}()
 	if err := s.configure(pace); err != nil {
 		return nil, err
 	}
@@ -120,31 +114,32 @@ func gather(out io.Writer, url string, pace time.Duration, names []string) (*Swa
 	return s, nil
 }
 
-func (s *Swarm) start() {
+func (s *Swarm) start() error {
 	for _, m := range s.members {
-		m.Start()
+		if err := m.Start(); err != nil {
+			return err
+		}
 	}
+	return nil
 }
 
-// configure sets the swarm's pace, the usual one only if there is none yet.
+// configure sets the swarm's pace; 0 leaves it, or sets the usual one if there is
+// none yet.
 func (s *Swarm) configure(pace time.Duration) error {
-	const key = "config.pace"
-	if pace > 0 {
-		return s.store.Put(key, []byte(pace.String()), 0)
-	}
-	_, err := s.store.Update(key, []byte("200ms"), 0, 0)
-	if err != state.ErrConflict {
-		return err
-	}
-	value, err := s.store.Get(key)
-	if err == nil {
-		s.take(&state.KeyValue{Key: key, Value: value})
-	}
+	_, err := state.Modify(context.Background(), s.store, "config.pace", func(old *state.KeyValue) ([]byte, time.Duration, error) {
+		switch {
+		case pace > 0:
+			return []byte(pace.String()), 0, nil
+		case old != nil:
+			return old.Value, 0, nil
+		}
+		return []byte("200ms"), 0, nil
+	})
 	return err
 }
 
-// cut takes an agent's connection away from one moment to the next. It unlocks
-// nothing, and says good-bye to nobody.
+// cut takes an agent's connection away, without a warning: the agent unlocks
+// nothing and deletes nothing.
 func (s *Swarm) cut(m *member, why string) {
 	m.nc.Close()
 	m.dead = true
@@ -166,17 +161,15 @@ func (s *Swarm) disband() error {
 	for _, m := range s.living() {
 		m.Resign()
 	}
-	// They plan nothing any more. What is planned, they still do.
-	tasks, err := s.store.Keys("tasks.*")
+	// Nobody plans any more. What was planned is still done.
+	tasks, err := state.NewCache(context.Background(), s.store, "tasks.*")
 	if err != nil {
 		return err
 	}
-	for _, task := range tasks {
-		Await(10*time.Second, func() bool {
-			value, err := s.store.Get(task)
-			return err == state.ErrNotFound || string(value) != "open"
-		})
-	}
+	Await(10*time.Second, func() bool {
+		all, err := tasks.Entries("tasks.*")
+		return err == nil && !slices.ContainsFunc(all, func(kv *state.KeyValue) bool { return string(kv.Value) == "open" })
+	})
 	for _, m := range s.members {
 		m.Stop()
 		m.Store.Close()
@@ -185,8 +178,8 @@ func (s *Swarm) disband() error {
 	Await(5*time.Second, func() bool {
 		return !slices.ContainsFunc(s.members, func(m *member) bool { return slices.Contains(s.Alive(), m.Name) })
 	})
-	s.store.Close()
-	<-s.watched
+	s.store.Close() // ends the cache and the witness's changes, too
+	<-s.Ended
 	s.nc.Close()
 	return nil
 }
@@ -221,8 +214,8 @@ func demonstrate(out io.Writer) (ok bool, err error) {
 	}
 	var c checklist
 
-	// The worker that is cut off: the first to come to the middle of a task when
-	// it is time.
+	// The worker that is cut off: the first one that comes to the middle of a task
+	// once it is due.
 	var due atomic.Bool
 	victim := make(chan string, 1)
 	var orphan string
@@ -236,7 +229,9 @@ func demonstrate(out io.Writer) (ok bool, err error) {
 		}
 	}
 
-	s.start()
+	if err := s.start(); err != nil {
+		return false, err
+	}
 	c.check(Await(10*time.Second, func() bool { return s.Leader() != "" && len(s.Alive()) == len(s.members) }),
 		"%d agents joined, and %s leads", len(s.Alive()), s.Leader())
 
@@ -244,7 +239,7 @@ func demonstrate(out io.Writer) (ok bool, err error) {
 	if err := s.configure(100 * time.Millisecond); err != nil {
 		return false, err
 	}
-	c.check(s.agree(), "every agent knows the new pace by its watch: %s", s.Pace())
+	c.check(s.agree(), "every agent knows the new pace: %s", s.Pace())
 
 	// The leader.
 	time.Sleep(1200 * time.Millisecond)
@@ -273,7 +268,7 @@ func demonstrate(out io.Writer) (ok bool, err error) {
 	}
 	slices.Sort(living)
 	c.check(Await(10*time.Second, func() bool { return slices.Equal(s.Alive(), living) }),
-		"the heartbeats tell who is alive: %s", strings.Join(living, ", "))
+		"the heartbeats show who is alive: %s", strings.Join(living, ", "))
 	time.Sleep(time.Second)
 
 	if err := s.disband(); err != nil {
@@ -306,16 +301,18 @@ func join(out io.Writer) (ok bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	s.start()
+	if err := s.start(); err != nil {
+		return false, err
+	}
 	<-ctx.Done()
 	stop() // a second interrupt kills
 
-	// One process can know only so much of the whole.
+	// One process does not know everything about the whole swarm.
 	var c checklist
 	c.check(Await(5*time.Second, func() bool {
 		return !slices.ContainsFunc(names, func(name string) bool { return !slices.Contains(s.Alive(), name) })
 	}), "all %d agents of this process are among the %d that are alive", len(names), len(s.Alive()))
-	c.check(s.agree(), "they know the pace by their watch: %s", s.Pace())
+	c.check(s.agree(), "they know the pace: %s", s.Pace())
 	if err := s.disband(); err != nil {
 		return false, err
 	}
@@ -332,7 +329,7 @@ func join(out io.Writer) (ok bool, err error) {
 	return c.print(out), nil
 }
 
-// agree reports whether all agents hear of the pace that the store holds.
+// agree reports whether all agents learn of the pace that the store holds.
 func (s *Swarm) agree() bool {
 	value, err := s.store.Get("config.pace")
 	if err != nil {

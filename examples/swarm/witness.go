@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"slices"
@@ -11,9 +12,11 @@ import (
 	"example.com/state"
 )
 
-// A Witness watches the whole store. It prints what happens, and remembers what
-// the summary is to be checked against.
+// A Witness follows the whole store. It prints what happens, and remembers what
+// the summary is checked against.
 type Witness struct {
+	Ended chan struct{} // closed when the store is closed
+
 	began time.Time
 
 	mu     sync.Mutex // guards what follows
@@ -27,15 +30,31 @@ type Witness struct {
 	terms  map[uint64]Term // as the agents of this process know them
 }
 
-func NewWitness(out io.Writer) *Witness {
-	return &Witness{
+// Observe returns a witness of what happens in the store until that is closed.
+func Observe(store state.Store, out io.Writer) (*Witness, error) {
+	w := &Witness{
+		Ended: make(chan struct{}),
 		began: time.Now(), out: out,
 		alive: make(map[string]bool), tasks: make(map[string]bool), doers: make(map[string]int),
 		terms: make(map[uint64]Term),
 	}
+	current, changes, err := state.Follow(context.Background(), store, "*")
+	if err != nil {
+		return nil, err
+	}
+	go func() {
+		defer close(w.Ended)
+		for _, kv := range current {
+			w.take(kv)
+		}
+		for kv := range changes {
+			w.take(kv)
+		}
+	}()
+	return w, nil
 }
 
-// Say prints a line of somebody's.
+// Say prints a line about somebody.
 func (w *Witness) Say(who, format string, args ...any) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -44,13 +63,6 @@ func (w *Witness) Say(who, format string, args ...any) {
 
 func (w *Witness) say(who, format string, args ...any) {
 	fmt.Fprintf(w.out, "%6.2fs  %-9s %s\n", time.Since(w.began).Seconds(), who, fmt.Sprintf(format, args...))
-}
-
-// Watch reads events until there are no more.
-func (w *Witness) Watch(events <-chan *state.KeyValue) {
-	for kv := range events {
-		w.take(kv)
-	}
 }
 
 func (w *Witness) take(kv *state.KeyValue) {
@@ -87,7 +99,7 @@ func (w *Witness) take(kv *state.KeyValue) {
 	}
 }
 
-// Term takes what an agent of this process knows of its being the leader.
+// Term notes what an agent of this process says about its term as the leader.
 func (w *Witness) Term(t Term) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

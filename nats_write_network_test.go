@@ -1,0 +1,401 @@
+package state
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// Writes and reads far from the server, over narrow links, and beside other
+// clients that write the same keys.
+
+// spent returns how many requests a store makes while f runs.
+func spent(s *NATSStore, f func()) int {
+	before := s.Stats().Requests
+	f()
+	return int(s.Stats().Requests - before)
+}
+
+// TestWritesBesideFastWriter: a key is written faster than a round trip takes.
+// A Put or a Delete does not fail for losing a race, and is done in three
+// requests.
+func TestWritesBesideFastWriter(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	near := connect(t, srv.ClientURL())
+	nc, _ := connectAt(t, srv.ClientURL(), distance{rtt: 10 * time.Millisecond})
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	opened, looks := time.Now(), 0
+	for _, tr := range []traffic{
+		{prefix: "durable", keys: 1, perSecond: 500},
+		{prefix: "short", keys: 1, perSecond: 500, ttl: time.Minute},
+	} {
+		stop := tr.start(t, near, "b")
+		key := tr.prefix + "0"
+		eventually(t, func() bool { _, err := s.Get(key); return err == nil }, "traffic")
+		for round := range 20 {
+			for what, write := range map[string]func() error{
+				"put":          func() error { return s.Put(key, []byte("ours"), 0) },
+				"put with TTL": func() error { return s.Put(key, []byte("ours"), time.Minute) },
+				"delete":       func() error { return s.Delete(key) },
+			} {
+				began := time.Now()
+				requests := spent(s, func() { require.NoError(t, write(), "%s %s %d", what, key, round) })
+				if requests == 4 {
+					requests = 3
+					looks++ // at the settings, by the way
+				}
+				require.LessOrEqual(t, requests, 3, "%s %s %d", what, key, round)
+				require.Less(t, time.Since(began), 2*time.Second, "%s %s %d", what, key, round)
+			}
+		}
+		stop()
+		// When the others are silent, writes are what they are on a quiet key.
+		require.NoError(t, s.Put(key, []byte("last"), 0))
+		assert.Equal(t, "last", string(mustGet(t, s, key).Value))
+		require.NoError(t, s.Delete(key))
+		_, err := s.Get(key)
+		refuses(t, ErrNotFound, err)
+	}
+	assert.LessOrEqual(t, looks, 1+int(time.Since(opened)/settingsLife))
+}
+
+// TestManyClientsPutOneKey: every Put succeeds and costs three requests at most.
+func TestManyClientsPutOneKey(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	const clients, puts = 64, 20
+	var stores []*NATSStore
+	var before uint64
+	for range clients {
+		s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+		stores = append(stores, s)
+		before += s.Stats().Requests
+	}
+	var wg sync.WaitGroup
+	for i, s := range stores {
+		wg.Go(func() {
+			for n := range puts {
+				began := time.Now()
+				if !assert.NoError(t, s.Put("k", fmt.Appendf(nil, "%d.%d", i, n), time.Duration(n%2)*time.Minute)) {
+					return
+				}
+				assert.Less(t, time.Since(began), 2*time.Second)
+			}
+		})
+	}
+	wg.Wait()
+	var after, retries uint64
+	for _, s := range stores {
+		after += s.Stats().Requests
+		retries += s.Stats().Retries
+	}
+	assert.LessOrEqual(t, after-before, uint64(3*clients*puts))
+	assert.Zero(t, retries)
+	value := string(mustGet(t, stores[0], "k").Value)
+	assert.True(t, strings.HasSuffix(value, fmt.Sprintf(".%d", puts-1)), "somebody's last value is the last one, not %s", value)
+}
+
+// TestPutsInTurn: a Put of a key that another client wrote last costs two
+// requests, once the store knows that others write it, too.
+func TestPutsInTurn(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	stores := [2]*NATSStore{}
+	for i := range stores {
+		stores[i] = openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	}
+	for n := range 30 {
+		for i, s := range stores {
+			requests := spent(s, func() { require.NoError(t, s.Put("k", fmt.Appendf(nil, "%d.%d", i, n), 0)) })
+			most := 2
+			if n < 2 {
+				most = 3 // it does not know yet
+			}
+			require.LessOrEqual(t, requests, most, "put %d of store %d", n, i)
+		}
+	}
+	// One that is left alone with the key pays for one again.
+	s := stores[0]
+	for range 2 {
+		require.NoError(t, s.Put("k", nil, 0))
+	}
+	assert.Equal(t, 1, spent(s, func() { require.NoError(t, s.Put("k", nil, 0)) }))
+}
+
+// serveWithoutSecrets runs a server on which the user "u" must not write keys
+// that end with ".secret".
+func serveWithoutSecrets(t *testing.T) (url string, admin, user nats.Option) {
+	t.Helper()
+	srv := startServer(t, func(o *server.Options) {
+		o.Users = []*server.User{
+			{Username: "admin", Password: "p"},
+			{Username: "u", Password: "p", Permissions: &server.Permissions{
+				Publish: &server.SubjectPermission{Allow: []string{">"}, Deny: []string{"$KV.*.*.secret"}},
+			}},
+		}
+	})
+	return srv.ClientURL(), nats.UserInfo("admin", "p"), nats.UserInfo("u", "p")
+}
+
+// TestPutWithoutPermissionEnds: the server refuses the message apart from the
+// request, so the Put waits for an answer. It ends, and says why.
+func TestPutWithoutPermissionEnds(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a write that waits for its answer in vain")
+	}
+	t.Parallel()
+	url, admin, user := serveWithoutSecrets(t)
+	openStore(t, NATSStoreConfig{Conn: connect(t, url, admin), Bucket: "b"})
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, url, user), Bucket: "b"})
+	for _, events := range []string{"none", "many"} {
+		if events == "many" { // what else arrives does not mean that the answer will
+			traffic{prefix: "busy.", keys: 1, perSecond: 100}.start(t, connect(t, url, admin), "b")
+			observe(mustWatch(t, s, "busy.*"))
+		}
+		done := make(chan error, 1)
+		go func() { done <- s.Put("config.secret", []byte("v"), 0) }()
+		select {
+		case err := <-done:
+			require.ErrorIs(t, err, nats.ErrPermissionViolation, events)
+		case <-time.After(opLimit + opTimeout):
+			require.FailNow(t, "the Put does not end", events)
+		}
+		_, err := s.Get("config.secret")
+		refuses(t, ErrNotFound, err)
+	}
+}
+
+// TestLostAnswerAfterPermissionError: what the connection reported last is an
+// earlier refusal whose text contains the subject. It does not make a write
+// refused whose answer is lost.
+func TestLostAnswerAfterPermissionError(t *testing.T) {
+	if testing.Short() {
+		t.Skip("writes that wait for their answers in vain")
+	}
+	t.Parallel()
+	url, adminUser, user := serveWithoutSecrets(t)
+	admin := openStore(t, NATSStoreConfig{Conn: connect(t, url, adminUser), Bucket: "b"})
+	for _, c := range []struct {
+		key      string
+		existed  bool
+		resolved bool // the answers arrive in time
+	}{
+		{"new", false, false},
+		{"new-resolved", false, true},
+		{"existing", true, false},
+		{"existing-resolved", true, true},
+	} {
+		t.Run(c.key, func(t *testing.T) {
+			t.Parallel()
+			nc, p := connectAt(t, url, distance{}, user)
+			s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+			if c.existed {
+				require.NoError(t, s.Put(c.key, []byte("before"), 0))
+			}
+			require.NoError(t, nc.Publish("$KV.b."+c.key+".secret", nil))
+			require.NoError(t, nc.Flush())
+			require.ErrorIs(t, nc.LastError(), nats.ErrPermissionViolation)
+			require.ErrorContains(t, nc.LastError(), "$KV.b."+c.key)
+
+			p.holdAnswers(true)
+			done := make(chan error, 1)
+			go func() { done <- s.Put(c.key, []byte("ours"), 0) }()
+			eventually(t, func() bool {
+				value, err := admin.Get(c.key)
+				return err == nil && string(value) == "ours"
+			}, "the value is stored")
+			if c.resolved {
+				p.cut() // the answer is lost
+				p.holdAnswers(false)
+			}
+			err := <-done
+			if c.resolved {
+				require.NoError(t, err)
+			} else {
+				require.ErrorIs(t, err, ErrOutcomeUnknown)
+			}
+			assert.Equal(t, "ours", string(mustGet(t, admin, c.key).Value))
+		})
+	}
+}
+
+// TestClaimWhileDisconnected: a claim that fails while the connection is down
+// does not appear when it returns, not even after somebody else's has expired.
+func TestClaimWhileDisconnected(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a disconnection of seconds")
+	}
+	t.Parallel()
+	srv := startServer(t, nil)
+	nc, p := connectAt(t, srv.ClientURL(), distance{})
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	require.NoError(t, s.Put("deleted", []byte("first"), 0))
+
+	p.refuse(true)
+	p.cut()
+	eventually(t, func() bool { return !nc.IsConnected() }, "disconnect")
+	var wg sync.WaitGroup
+	for _, write := range []func() error{
+		func() error { _, err := s.Update("claim", []byte("late"), 0, 0); return err },
+		func() error { return s.Put("put", []byte("late"), 0) },
+		func() error { return s.Put("put-ttl", []byte("late"), time.Hour) },
+		func() error { return s.Delete("deleted") },
+	} {
+		wg.Go(func() {
+			err := write()
+			assert.ErrorIs(t, err, nats.ErrDisconnected)
+			assert.NotErrorIs(t, err, ErrOutcomeUnknown)
+		})
+	}
+	wg.Wait()
+	keys := []string{"claim", "put", "put-ttl"}
+	for _, key := range keys {
+		_, err := other.Update(key, []byte("theirs"), time.Second, 0)
+		require.NoError(t, err, key)
+	}
+	eventually(t, func() bool { // also from the server, where it would be in the way
+		for _, key := range keys {
+			r, err := other.data.leaderLast(newBudget(context.Background()), key)
+			if err != nil || r.revision != 0 {
+				return false
+			}
+		}
+		return true
+	}, "expiry")
+	p.refuse(false)
+	eventually(t, nc.IsConnected, "reconnect")
+	require.NoError(t, s.Put("barrier", nil, 0)) // what was held back comes before
+	require.NoError(t, nc.Flush())
+	for _, key := range keys {
+		_, err := other.Get(key)
+		refuses(t, ErrNotFound, err, key)
+	}
+	assert.Equal(t, "first", string(mustGet(t, other, "deleted").Value))
+}
+
+// TestReadsBesideMirror: a mirror answers direct gets as well, and lags. No
+// acknowledged Put is missed.
+func TestReadsBesideMirror(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	nc := connect(t, srv.ClientURL())
+	js := newJetStream(t, nc)
+	before := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	require.NoError(t, before.Put("k", nil, 0))
+	_, err := js.CreateStream(context.Background(), jetstream.StreamConfig{
+		Name: "KV_b-mirror", Mirror: &jetstream.StreamSource{Name: "KV_b"},
+		MaxMsgsPerSubject: 1, AllowDirect: true, MirrorDirect: true,
+	})
+	require.NoError(t, err)
+	after := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	for n := range 1500 {
+		writer, key := before, fmt.Sprintf("k%d", n%3)
+		if n%2 == 1 {
+			writer = after
+		}
+		value := fmt.Sprint(n)
+		require.NoError(t, writer.Put(key, []byte(value), 0))
+		for i, reader := range []*NATSStore{before, after} {
+			got, err := reader.Get(key)
+			require.NoError(t, err)
+			require.Equal(t, value, string(got), "read %d of store %d", n, i)
+		}
+		if n%10 == 0 {
+			require.NoError(t, writer.Delete(key))
+			for _, reader := range []*NATSStore{before, after} {
+				_, err := reader.Get(key)
+				require.True(t, err == ErrNotFound, "after the deletion: %v", err) //nolint:errorlint // bare
+			}
+		}
+	}
+}
+
+// TestReadsWhileReplicasAreAdded: a store misses none of its own Puts while its
+// bucket grows to three replicas, and none of others' once it can have noticed.
+func TestReadsWhileReplicasAreAdded(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster")
+	}
+	t.Parallel()
+	c := startCluster(t)
+	admin := connect(t, c.servers[0].ClientURL())
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[1].ClientURL()), Bucket: "b", Replicas: 1})
+	other := openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[2].ClientURL()), Bucket: "b"})
+	js := newJetStream(t, admin)
+	stream, err := js.Stream(context.Background(), "KV_b")
+	require.NoError(t, err)
+
+	var grown time.Time // when all replicas were up to date
+	check := func(n int) {
+		key, value := fmt.Sprintf("k%d", n%10), fmt.Sprint(n)
+		require.NoError(t, s.Put(key, []byte(value), 0))
+		require.Equal(t, value, string(mustGet(t, s, key).Value), "own Put %d", n)
+		if !grown.IsZero() && time.Since(grown) > settingsLife+time.Second {
+			require.NoError(t, other.Put(key, []byte("theirs"), 0))
+			require.Equal(t, "theirs", string(mustGet(t, s, key).Value), "other's Put %d", n)
+		}
+	}
+	n := 0
+	for ; n < 200; n++ {
+		check(n)
+	}
+	config := stream.CachedInfo().Config
+	config.Replicas = 3
+	_, err = js.UpdateStream(context.Background(), config)
+	require.NoError(t, err)
+	for end := time.Now().Add(30 * time.Second); grown.IsZero() || time.Since(grown) < settingsLife+4*time.Second; n++ {
+		require.True(t, time.Now().Before(end), "the bucket does not grow")
+		check(n)
+		if n%50 == 0 && grown.IsZero() {
+			info, err := stream.Info(context.Background())
+			require.NoError(t, err)
+			if info.Cluster != nil && len(info.Cluster.Replicas) == 2 && info.Cluster.Replicas[0].Current && info.Cluster.Replicas[1].Current {
+				grown = time.Now()
+			}
+		}
+	}
+}
+
+// TestUpdateOfExpired: a revision whose value has expired is not replaced, even
+// while the server still has it.
+func TestUpdateOfExpired(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	nc, _ := connectAt(t, srv.ClientURL(), distance{rtt: 20 * time.Millisecond})
+	writer := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	reader := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	stranger := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	for n, s := range []*NATSStore{writer, reader, stranger} {
+		key := fmt.Sprintf("k%d", n)
+		revision, err := writer.Update(key, []byte("v"), 300*time.Millisecond, 0)
+		require.NoError(t, err)
+		if s != stranger {
+			require.Equal(t, revision, mustGet(t, s, key).Revision)
+		}
+		eventually(t, func() bool { _, err := writer.Get(key); return err == ErrNotFound }, "expiry") //nolint:errorlint // bare
+		r, err := writer.data.leaderLast(newBudget(context.Background()), key)
+		require.NoError(t, err)
+		require.Equal(t, revision, r.revision, "the server still has it")
+		_, err = s.Update(key, []byte("late"), 0, revision)
+		refuses(t, ErrConflict, err)
+		refuses(t, ErrConflict, s.DeleteRevision(key, revision))
+		_, err = s.Get(key)
+		refuses(t, ErrNotFound, err)
+		created, err := s.Update(key, []byte("new"), 0, 0)
+		require.NoError(t, err)
+		kv := mustGet(t, s, key)
+		assert.Equal(t, created, kv.Revision)
+		assert.True(t, kv.Created.Equal(kv.Modified), "it came into being anew")
+	}
+}
