@@ -78,7 +78,7 @@ var mutations = []mutation{
 	{"memory-update-without-cas", []edit{{"if expected != nil && it.current() != *expected {", "if false && it.current() != *expected {"}}, []string{"memory-model", "memory-suite", inMemory}},
 	{"delete-revision-without-precondition", []edit{
 		{"if expected != nil && (it == nil || it.revision != *expected) {", "if false {"},
-		{"	_, err = s.data.update(newBudget(ctx), m, revision)\n	return s.wrote(\"delete\"", "	err = s.data.remove(newBudget(ctx), m)\n	return s.wrote(\"delete\""},
+		{"	_, err = s.data.update(newBudget(ctx), m, revision)\n	return s.data.wrote(\"delete\"", "	err = s.data.remove(newBudget(ctx), m)\n	return s.data.wrote(\"delete\""},
 	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
 	{"modify-without-cas", []edit{{"		if revision, err = store.Update(key, value, ttl, revision); err != ErrConflict {\n", "		if err = store.Put(key, value, ttl); err != ErrConflict {\n"}}, []string{"memory-model", inMemory}},
 	{"no-cas", []edit{{"	case pre == ifUnchanged && e.fixed:\n		hdr.set(headerExpected, padded(base.revision))\n	case pre == ifUnchanged:\n		hdr.set(headerExpected, strconv.FormatUint(base.revision, 10))\n", "	case false:\n"}}, []string{oneServer, "deletes", "nats-suite", "exclusion"}},
