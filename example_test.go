@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log"
 	"os"
-	"strconv"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -38,7 +37,7 @@ func connect() (nc *nats.Conn, stop func()) {
 	}
 }
 
-// An agent is written against StateStore. It runs unchanged on both stores.
+// The same code runs on both stores.
 func Example() {
 	agent := func(store state.StateStore) {
 		// Key-value operations
@@ -85,34 +84,27 @@ func Example() {
 	// Holding resource.mutex
 }
 
-// Registry is a part of some agent: it depends on the interface, so that its
-// unit test gives it a MemoryStore and its main function a NATSStore.
-type Registry struct{ Store state.StateStore }
-
-// Announce says that the agent is alive, for the next half minute.
-func (r Registry) Announce(name, address string) error {
-	return r.Store.Put("agents."+name, []byte(address), 30*time.Second)
-}
-
-// Alive returns the names of the agents that are.
-func (r Registry) Alive() (names []string, err error) {
-	keys, err := r.Store.Keys("agents.*")
-	for _, key := range keys {
-		names = append(names, key[len("agents."):])
+// An agent depends on Store, so that its unit test gives it a MemoryStore and its
+// main function a NATSStore.
+func ExampleStore() {
+	announce := func(store state.Store, name, address string) error {
+		return store.Put("agents."+name, []byte(address), 30*time.Second)
 	}
-	return names, err
-}
 
-// A component that depends on the interface is tested in memory.
-func ExampleStateStore() {
 	store := state.NewMemoryStore() // in production: state.NewNATSStore(...)
 	defer store.Close()
-
-	registry := Registry{Store: store}
-	registry.Announce("grace", "10.0.0.2:9000")
-	registry.Announce("ada", "10.0.0.1:9000")
-	fmt.Println(registry.Alive())
-	// Output: [ada grace] <nil>
+	announce(store, "grace", "10.0.0.2:9000")
+	announce(store, "ada", "10.0.0.1:9000")
+	agents, err := store.Entries("agents.*")
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, kv := range agents {
+		fmt.Printf("%s is at %s\n", kv.Key, kv.Value)
+	}
+	// Output:
+	// agents.ada is at 10.0.0.1:9000
+	// agents.grace is at 10.0.0.2:9000
 }
 
 func ExampleMemoryStore() {
@@ -161,20 +153,16 @@ func ExampleNATSStore() {
 	// Output: [agents.ada]
 }
 
-// A watch tells puts, deletions and expiries. What exists already it does not
-// tell: read it after Watch has returned, and nothing is missed in between.
+// A watch reports puts, deletions and expiries from the time that Watch returns.
+// What exists already it does not report; Follow does.
 func ExampleStateStore_watch() {
 	store := state.NewMemoryStore()
 	defer store.Close()
-	store.Put("agents.ada", []byte("10.0.0.1"), time.Hour)
 
 	changes, err := store.Watch("agents.*")
 	if err != nil {
 		log.Fatal(err)
 	}
-	known, _ := store.Keys("agents.*")
-	fmt.Println("known", known)
-
 	store.Put("agents.grace", []byte("10.0.0.2"), time.Millisecond) // it will expire
 	for kv := range changes {
 		switch kv.Operation {
@@ -186,12 +174,11 @@ func ExampleStateStore_watch() {
 		}
 	}
 	// Output:
-	// known [agents.ada]
 	// put agents.grace is at 10.0.0.2
 	// delete agents.grace
 }
 
-// An entry lives as long as the last Put says.
+// An entry lives for as long as the last Put says.
 func ExampleStateStore_ttl() {
 	store := state.NewMemoryStore()
 	defer store.Close()
@@ -217,8 +204,8 @@ func ExampleStateStore_ttl() {
 	// key not found
 }
 
-// A lock is a lease: whoever wants to keep it refreshes it, and stops when that
-// fails.
+// A lock is a lease: its holder refreshes it to keep it, and stops working when
+// that fails. WithLock does both.
 func ExampleLock() {
 	store := state.NewMemoryStore()
 	defer store.Close()
@@ -240,7 +227,7 @@ func ExampleLock() {
 	// unlock again: lock not held
 }
 
-// Each watch of a store can have an end of its own.
+// Calls and watches of a store that is bound to a context end with that.
 func ExampleStore_WithContext() {
 	store := state.NewMemoryStore()
 	defer store.Close()
@@ -254,58 +241,107 @@ func ExampleStore_WithContext() {
 	store.Put("config.pace", []byte("brisk"), 0)
 	for kv := range changes {
 		fmt.Printf("%s is %s\n", kv.Key, kv.Value)
-		cancel() // seen enough: the channel is closed, and nothing is left behind
+		cancel() // ends the watch: its channel is closed
 	}
 	// Output: config.pace is brisk
 }
 
-// Claim makes agent the owner of a task, unless somebody else is. One request,
-// no lock: of all who try, one gets no ErrConflict. If the owner dies, the claim
-// lapses with its TTL.
-func Claim(store state.Store, task, agent string) (bool, error) {
-	_, err := store.Update("claims."+task, []byte(agent), time.Minute, 0)
-	if err == state.ErrConflict {
-		return false, nil
-	}
-	return err == nil, err
-}
-
+// Update claims a task: revision 0 means, only if the key does not exist. If the
+// owner dies, its claim expires.
 func ExampleStore_Update() {
 	store := state.NewMemoryStore()
 	defer store.Close()
 
-	// Claim a task: revision 0 means, only if the key does not exist.
-	fmt.Println(Claim(store, "42", "ada"))
-	fmt.Println(Claim(store, "42", "grace"))
+	revision, err := store.Update("claims.42", []byte("ada"), time.Minute, 0)
+	fmt.Println("ada claims:", err)
+	_, err = store.Update("claims.42", []byte("grace"), time.Minute, 0)
+	fmt.Println("grace claims:", err)
 
-	// Count: write on top of what was read, or read again.
-	increment := func() error {
-		for {
-			var n int
-			var revision uint64
-			kv, err := store.GetKeyValue("done")
-			switch {
-			case err == nil:
-				n, _ = strconv.Atoi(string(kv.Value))
-				revision = kv.Revision
-			case err != state.ErrNotFound:
-				return err
-			}
-			_, err = store.Update("done", []byte(strconv.Itoa(n+1)), 0, revision)
-			if err != state.ErrConflict {
-				return err
-			}
+	_, err = store.Update("claims.42", []byte("ada, halfway"), time.Minute, revision)
+	fmt.Println("ada writes on top of her claim:", err)
+	err = store.DeleteRevision("claims.42", revision)
+	fmt.Println("ada deletes what she wrote first:", err)
+	// Output:
+	// ada claims: <nil>
+	// grace claims: revision conflict
+	// ada writes on top of her claim: <nil>
+	// ada deletes what she wrote first: revision conflict
+}
+
+// Who holds a lock, and for how long?
+func ExampleStore_LockHolder() {
+	store := state.NewMemoryStore()
+	defer store.Close()
+
+	lock, err := store.Lock("leader", time.Minute)
+	if err != nil {
+		log.Fatal(err)
+	}
+	info, err := store.LockHolder("leader")
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(info.Key, info.Owner != "", info.Token == lock.(state.Fenced).Token(), time.Until(info.Expires) <= time.Minute)
+	lock.Unlock()
+	_, err = store.LockHolder("leader")
+	fmt.Println(err == state.ErrNotFound)
+	// Output:
+	// leader true true true
+	// true
+}
+
+// Follow returns what exists and then delivers every change, also after a watch
+// has ended.
+func ExampleFollow() {
+	store := state.NewMemoryStore()
+	defer store.Close()
+	store.Put("agents.ada", []byte("10.0.0.1"), 0)
+
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	current, changes, err := state.Follow(ctx, store, "agents.*")
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, kv := range current {
+		fmt.Printf("%s is at %s\n", kv.Key, kv.Value)
+	}
+	store.Put("agents.grace", []byte("10.0.0.2"), 0)
+	store.Delete("agents.ada")
+	for kv := range changes {
+		fmt.Println(kv.Operation, kv.Key)
+		if kv.Operation == state.OpDelete {
+			cancel() // closes the channel
 		}
 	}
-	for range 3 {
-		increment()
-	}
-	done, _ := store.Get("done")
-	fmt.Printf("%s tasks done\n", done)
 	// Output:
-	// true <nil>
-	// false <nil>
-	// 3 tasks done
+	// agents.ada is at 10.0.0.1
+	// put agents.grace
+	// delete agents.ada
+}
+
+// KeepAlive keeps a key until its context ends.
+func ExampleKeepAlive() {
+	store := state.NewMemoryStore()
+	defer store.Close()
+	changes, err := store.Watch("agents.*")
+	if err != nil {
+		log.Fatal(err)
+	}
+
+	ctx, leave := context.WithCancel(context.Background())
+	defer leave()
+	go state.KeepAlive(ctx, store, "agents.ada", time.Minute, func() []byte { return []byte("10.0.0.1") })
+	for kv := range changes {
+		fmt.Println(kv.Operation, kv.Key)
+		if kv.Operation == state.OpDelete {
+			break
+		}
+		leave()
+	}
+	// Output:
+	// put agents.ada
+	// delete agents.ada
 }
 
 // WithLock waits for the lock, keeps it while the function runs, and cancels
@@ -336,64 +372,44 @@ func ExampleWithLock() {
 	// deployed
 }
 
-// Protected is a record that a lock protects. It holds the token of the last
-// one who wrote it, and so it can refuse who held the lock before that.
-type Protected struct {
-	Store state.Store
-	Key   string
+// A Resource is what a lock protects, outside the store: a file server, say. It
+// refuses who held the lock before the last one that it has heard of.
+type Resource struct{ highest uint64 }
+
+// Write accepts a write by the holder with that token.
+func (r *Resource) Write(token uint64) error {
+	if token < r.highest {
+		return fmt.Errorf("refused: token %d is older than %d", token, r.highest)
+	}
+	r.highest = token
+	return nil
 }
 
-// Write stores text on behalf of the lock's holder with that token.
-func (p Protected) Write(token uint64, text string) error {
-	var revision, highest uint64
-	kv, err := p.Store.GetKeyValue(p.Key)
-	switch {
-	case err == nil:
-		revision = kv.Revision
-		fmt.Sscan(string(kv.Value), &highest)
-	case err != state.ErrNotFound:
-		return err
-	}
-	if token < highest {
-		return fmt.Errorf("refused: token %d is older than %d", token, highest)
-	}
-	// Between the reading and the writing, nobody else may have written.
-	_, err = p.Store.Update(p.Key, fmt.Appendf(nil, "%d %s", token, text), 0, revision)
-	return err
-}
-
-// A holder that was paused for longer than its lease goes on as if it still
-// held the lock. The record that the lock protects knows better.
+// A holder that was paused for longer than its lease goes on as if it still held
+// the lock. The resource that the lock protects knows better.
 func ExampleFenced() {
 	store := state.NewMemoryStore()
 	defer store.Close()
-	record := Protected{store, "schedule"}
+	var resource Resource
 
 	lock, _ := store.Lock("scheduler", time.Millisecond)
 	ada := lock.(state.Fenced)
-	fmt.Println("ada writes:", record.Write(ada.Token(), "from ada"))
+	fmt.Println("ada writes:", resource.Write(ada.Token()))
 
 	// ada is paused: by the scheduler, a long garbage collection, a closed lid.
 	// Her lease lapses, and grace gets the lock.
-	var grace state.Fenced
-	for grace == nil {
-		if lock, err := store.Lock("scheduler", time.Minute); err == nil {
-			grace = lock.(state.Fenced)
-		}
-	}
-	fmt.Println("grace writes:", record.Write(grace.Token(), "from grace"))
+	lock, _ = state.Acquire(context.Background(), store, "scheduler", time.Minute)
+	grace := lock.(state.Fenced)
+	fmt.Println("grace writes:", resource.Write(grace.Token()))
 
 	// ada wakes up in the middle of what she was doing.
-	fmt.Println("ada writes:", record.Write(ada.Token(), "from ada"))
+	fmt.Println("ada writes:", resource.Write(ada.Token()))
 	fmt.Println("ada refreshes:", ada.Refresh())
-	value, _ := store.Get("schedule")
-	fmt.Printf("schedule: %s\n", value)
 	// Output:
 	// ada writes: <nil>
 	// grace writes: <nil>
 	// ada writes: refused: token 1 is older than 2
 	// ada refreshes: lock expired
-	// schedule: 2 from grace
 }
 
 func ExampleValidateKey() {

@@ -40,7 +40,9 @@ const readmeFragment = `package readme
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"strconv"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -50,13 +52,15 @@ import (
 
 var (
 	_ = fmt.Println
+	_ = errors.Is
+	_ = strconv.Itoa
 	_ time.Duration
 	_ *nats.Conn
 )
 
-func _(ctx context.Context, store *state.NATSStore, lock state.Lock, data []byte,
+func _(ctx context.Context, store state.Store, data []byte,
 	resource interface{ Write(token uint64, data []byte) error },
-	increment func([]byte) []byte, deploy func(context.Context, uint64) error) (err error) {
+	lead func(context.Context, uint64) error) (err error) {
 	{
 %s	}
 	return err
@@ -220,60 +224,102 @@ func useEverything(operator, nc *nats.Conn) error {
 		return err
 	}
 	defer other.Close()
-
-	ctx, stopWatching := context.WithCancel(ctx)
-	defer stopWatching()
-	events, err := s.WithContext(ctx).Watch("config.*")
-	if err != nil {
-		return err
-	}
-	for _, by := range []StateStore{other, s} {
-		if err := by.Put("config.pace", []byte("brisk"), time.Hour); err != nil {
+	for _, use := range []func(ctx context.Context, s, other *NATSStore) error{
+		watchEverything, cacheEverything, readEverything, lockEverything,
+	} {
+		if err := use(ctx, s, other); err != nil {
 			return err
 		}
-		select {
-		case <-events:
-		case <-ctx.Done():
-			return errors.New("the watch tells nothing")
-		}
 	}
-	// At its deadline the server has it no more.
 	stream, err := js.Stream(ctx, "KV_"+cfg.Bucket)
 	if err != nil {
 		return err
 	}
-	if err := s.Put("config.brief", nil, 300*time.Millisecond); err != nil {
+	return deleteFromFull(ctx, s, js, stream)
+}
+
+func watchEverything(ctx context.Context, s, other *NATSStore) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // deletes the consumer
+	events, err := s.WithContext(ctx).Watch("config.*")
+	if err != nil {
 		return err
 	}
-	for range 2 {
+	next := func(want Operation) error {
 		select {
-		case <-events:
+		case ev, ok := <-events:
+			if !ok || ev.Operation != want {
+				return fmt.Errorf("got %v instead of a %v", ev, want)
+			}
+			return nil
 		case <-ctx.Done():
-			return errors.New("the watch tells of no expiry")
+			return ctx.Err()
 		}
-		if err := stream.Purge(ctx, jetstream.WithPurgeSubject("$KV.agent-state.config.brief")); err != nil {
+	}
+	for _, by := range []Store{other, s} {
+		if err := by.Put("config.pace", []byte("brisk"), time.Hour); err != nil {
+			return err
+		}
+		if err := next(OpPut); err != nil {
 			return err
 		}
 	}
+	if err := s.Put("config.brief", nil, 300*time.Millisecond); err != nil {
+		return err
+	}
+	if err := next(OpPut); err != nil {
+		return err
+	}
+	return next(OpDelete)
+}
+
+func cacheEverything(ctx context.Context, s, other *NATSStore) error {
+	c, err := NewCache(ctx, s, "config.*")
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	revision, err := other.Update("config.cached", nil, 0, 0)
+	if err != nil {
+		return err
+	}
+	if err := c.Wait(ctx, revision); err != nil {
+		return err
+	}
+	// Only the server knows that nothing has changed since.
+	for began := time.Now(); !c.AsOf().After(began); time.Sleep(10 * time.Millisecond) {
+		if ctx.Err() != nil {
+			return fmt.Errorf("the cache is as of %v", c.AsOf())
+		}
+	}
+	return nil
+}
+
+func readEverything(ctx context.Context, s, _ *NATSStore) error {
 	if value, err := s.Get("config.pace"); err != nil || string(value) != "brisk" {
 		return fmt.Errorf("got %q, %w", value, err)
 	}
 	if _, err := s.data.leaderLast(newBudget(ctx), "config.pace"); err != nil { // Get, on several replicas
 		return err
 	}
-	if keys, err := s.Keys("*"); err != nil || len(keys) != 1 {
-		return fmt.Errorf("keys %q, %w", keys, err)
+	for _, pattern := range []string{"*", "config.*"} {
+		if keys, err := s.Keys(pattern); err != nil || len(keys) != 2 {
+			return fmt.Errorf("keys %q, %w", keys, err)
+		}
 	}
-	if err := s.Delete("config.pace"); err != nil {
-		return err
-	}
+	return s.Delete("config.cached")
+}
 
+func lockEverything(ctx context.Context, s, other *NATSStore) error {
 	taken, err := other.Lock("deploy", time.Minute)
 	if err != nil {
 		return err
 	}
 	if _, err := s.Lock("deploy", time.Minute); err != ErrLockHeld {
 		return fmt.Errorf("locked twice: %w", err)
+	}
+	if _, err := s.LockHolder("deploy"); err != nil {
+		return err
 	}
 	unlocked := make(chan error, 1)
 	time.AfterFunc(50*time.Millisecond, func() { unlocked <- taken.Unlock() })
@@ -289,6 +335,30 @@ func useEverything(operator, nc *nats.Conn) error {
 		return err
 	}
 	return lock.Unlock()
+}
+
+// deleteFromFull deletes a key from a bucket that has no room for a marker, since
+// what another client wrote is smaller than any.
+func deleteFromFull(ctx context.Context, s *NATSStore, js jetstream.JetStream, stream jetstream.Stream) error {
+	if _, err := js.Publish(ctx, "$KV.agent-state.small", nil); err != nil {
+		return err
+	}
+	info, err := stream.Info(ctx)
+	if err != nil {
+		return err
+	}
+	full := info.Config
+	full.MaxBytes = int64(info.State.Bytes)
+	if _, err := js.UpdateStream(ctx, full); err != nil {
+		return err
+	}
+	if err := s.Delete("small"); err != nil {
+		return err
+	}
+	if _, err := s.Get("small"); err != ErrNotFound {
+		return fmt.Errorf("it was not deleted: %w", err)
+	}
+	return nil
 }
 
 // TestDocumentLinks follows the links of the documents to files and headings of
@@ -316,4 +386,95 @@ func TestDocumentLinks(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestReadmeCosts counts what the README's table of costs says and
+// TestNATSStoreRequests does not count.
+func TestReadmeCosts(t *testing.T) {
+	srv := startServer(t, nil)
+	nc := connect(t, srv.ClientURL())
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: newBucketName()})
+	rival := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: s.data.name})
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	sent := func() uint64 { return nc.Stats().OutMsgs }
+	costs := func(name string, want uint64, op func() error) {
+		t.Helper()
+		_, err := s.data.info(newBudget(ctx)) // or it may look at the settings meanwhile
+		require.NoError(t, err)
+		before := sent()
+		require.NoError(t, op(), name)
+		require.Equal(t, want, sent()-before, "requests of: %s", name)
+	}
+	update := func(s Store, key string) uint64 {
+		t.Helper()
+		revision, err := s.Update(key, nil, 0, 0)
+		require.NoError(t, err)
+		return revision
+	}
+
+	revision := update(rival, "a")
+	costs("Update of a revision that the store has not seen", 2, func() error {
+		_, err := s.Update("a", nil, 0, revision)
+		return err
+	})
+	revision = update(rival, "b")
+	costs("DeleteRevision of one that it has not seen", 2, func() error { return s.DeleteRevision("b", revision) })
+	revision = update(s, "c")
+	costs("DeleteRevision", 1, func() error { return s.DeleteRevision("c", revision) })
+	update(s, "d")
+	require.NoError(t, rival.Put("d", nil, 0))
+	costs("Delete of a key that others write meanwhile", 3, func() error { return s.Delete("d") })
+
+	for i := range 100 {
+		require.NoError(t, rival.Put(fmt.Sprintf("many.%d", i), nil, 0))
+	}
+	costs("Keys", 4, func() error { _, err := s.Keys("*"); return err })
+	costs("Entries", 4, func() error { _, err := s.Entries("*"); return err })
+
+	lock := lockOf(t, rival, "lock")
+	_, err := s.LockHolder("lock")
+	require.NoError(t, err)
+	costs("LockHolder", 1, func() error { _, err := s.LockHolder("lock"); return err })
+	require.NoError(t, lock.Unlock())
+
+	count := func() error {
+		_, err := Modify(ctx, s, "counter", func(*KeyValue) ([]byte, time.Duration, error) { return nil, 0, nil })
+		return err
+	}
+	costs("Modify of a key that does not exist", 3, count)
+	costs("Modify", 2, count)
+	costs("KeepAlive of a key that does not exist, and the deletion at the end", 4, func() error {
+		ctx, stop := context.WithCancel(ctx)
+		defer stop()
+		return KeepAlive(ctx, s, "alive", time.Hour, func() []byte {
+			time.AfterFunc(20*time.Millisecond, stop)
+			return nil
+		})
+	})
+
+	before := sent()
+	_, err = s.Watch("many.*")
+	require.NoError(t, err)
+	eventually(t, func() bool {
+		s.feeds.mu.Lock()
+		f := s.feeds.by[pattern{"many.", true}]
+		s.feeds.mu.Unlock()
+		listed := make(chan bool, 1)
+		f.post(func() { listed <- f.listed })
+		return <-listed
+	}, "the watch knows what exists")
+	require.LessOrEqual(t, sent()-before, uint64(2+1+5), "requests of: Watch, the first pull, and a listing in the background")
+	costs("Watch of the same pattern", 1, func() error { _, err := s.Watch("many.*"); return err })
+
+	cache, err := NewCache(ctx, s, "cached.*")
+	require.NoError(t, err)
+	defer cache.Close()
+	requests := countRequests(t, srv.ClientURL(), s.data.name)
+	began := time.Now()
+	for cached := cache.AsOf(); cache.AsOf().Before(cached.Add(4 * time.Second)); time.Sleep(10 * time.Millisecond) {
+	}
+	seconds := time.Since(began).Seconds()
+	// Of the two watches each asks for the state of the stream every two seconds.
+	require.LessOrEqual(t, float64(requests.api.Load()), 3*seconds+3, "requests of a cache in %v s", seconds)
 }

@@ -144,7 +144,10 @@ func (s *Swarm) cut(m *member, why string) {
 	m.nc.Close()
 	m.dead = true
 	s.Say("****", "%s is cut off %s", m.Name, why)
-	go m.Stop()
+	go func() { // it may be the caller
+		m.Store.Close()
+		m.Stop()
+	}()
 }
 
 func (s *Swarm) living() (living []*member) {
