@@ -1,3 +1,5 @@
+//go:build !oldserver
+
 package state
 
 import (

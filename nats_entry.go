@@ -365,7 +365,8 @@ func (m *storedMsg) record(maxAge time.Duration) record {
 
 // directRecord reads the answer to a direct get, if it is a message of the
 // stream: a mirror answers as well, and lags. The server's headers follow those
-// that were stored, and names may repeat.
+// that were stored, and names may repeat. Where what was stored hides them, the
+// answer does not count.
 func directRecord(msg *nats.Msg, stream string, maxAge time.Duration) (record, bool) {
 	last := func(name string) string {
 		if values := msg.Header[name]; len(values) > 0 {
@@ -374,7 +375,7 @@ func directRecord(msg *nats.Msg, stream string, maxAge time.Duration) (record, b
 		return ""
 	}
 	seq, err := strconv.ParseUint(last("Nats-Sequence"), 10, 64)
-	if err != nil || last("Nats-Stream") != stream {
+	if err != nil || last("Nats-Stream") != stream || !appended(msg, "Nats-Stream") {
 		return record{}, false
 	}
 	written, err := time.Parse(time.RFC3339Nano, last("Nats-Time-Stamp"))
@@ -382,6 +383,26 @@ func directRecord(msg *nats.Msg, stream string, maxAge time.Duration) (record, b
 		return record{}, false
 	}
 	return decode(msg.Header, msg.Data, seq, timestamp(written.UnixNano()), maxAge), true
+}
+
+// appended reports whether a message's header was decoded to its end, and has
+// what the server appended to the stored one, a name first, on lines of its own.
+// A block that was stored with an empty line in it ends there; and one that was
+// stored without its end continues in what follows.
+func appended(msg *nats.Msg, first string) bool {
+	size := len("NATS/1.0\r\n\r\n")
+	for name, values := range msg.Header {
+		if name != first && strings.HasSuffix(name, first) {
+			return false
+		}
+		for _, value := range values {
+			if strings.Contains(value, first) {
+				return false
+			}
+			size += len(name) + len(": ") + len(value) + len("\r\n")
+		}
+	}
+	return len(msg.Header[first]) > 0 && msg.Size() == len(msg.Subject)+len(msg.Reply)+size+len(msg.Data)
 }
 
 // A delivery is what a consumer says about a message that it delivers.

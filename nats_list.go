@@ -129,13 +129,13 @@ func (b *bucket) listFew(t *retryBudget, p pattern, info *streamInfo) (all []lis
 	for i, msg := range answers {
 		rec, ok := directRecord(msg, b.stream, info.config.MaxAge)
 		pending := msg.Header["Nats-Num-Pending"]
-		if !ok || len(pending) == 0 {
+		subjects := msg.Header["Nats-Subject"]
+		if !ok || len(pending) == 0 || len(subjects) == 0 {
 			return nil, false
 		}
 		if behind, err := strconv.Atoi(pending[len(pending)-1]); err != nil || behind != len(answers)-1-i {
 			return nil, false
 		}
-		subjects := msg.Header["Nats-Subject"]
 		if key, ok := b.key(p, subjects[len(subjects)-1]); ok {
 			all = append(all, listed{key, rec})
 		}
@@ -172,9 +172,10 @@ func (b *bucket) listOnce(t *retryBudget, p pattern, info *streamInfo, values bo
 		}
 		upTo = msg.Seq
 	}
+	headersOnly := !values && !small
 	began := time.Now()
 	e, _ := b.current()
-	c, err := b.consume(t, filter, 0, !values && !small, listLife)
+	c, err := b.consume(t, filter, 0, headersOnly, listLife)
 	if err != nil {
 		return nil, err
 	}
@@ -215,6 +216,16 @@ func (b *bucket) listOnce(t *retryBudget, p pattern, info *streamInfo, values bo
 					got, last = got+1, d.seq
 					if key, ok := b.key(p, msg.Subject); ok {
 						rec := decode(msg.Header, msg.Data, d.seq, d.written, info.config.MaxAge)
+						if headersOnly && !appended(msg, "Nats-Msg-Size") {
+							// With the header that the server adds it reads otherwise
+							// than as it was stored.
+							if rec, err = b.leaderRecord(t, key); err != nil {
+								return nil, err
+							}
+							if rec.revision == 0 {
+								continue
+							}
+						}
 						if !values {
 							rec.value = nil
 						}

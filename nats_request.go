@@ -31,7 +31,8 @@ const (
 	// being elected may never answer.
 	repeatInterval = 500 * time.Millisecond
 	// ackTimeout is how long a write that can be repeated safely waits for its
-	// acknowledgement once it cannot be on its way any more.
+	// acknowledgement, and half of it is how long it does once that cannot be on
+	// its way any more.
 	ackTimeout = time.Second
 	// goneAfter is how long a stream of several servers is not found before it
 	// counts as gone: a server that is starting may not know it yet.
@@ -150,6 +151,7 @@ type requester struct {
 	epoch     *epoch
 	pinging   bool
 	pinged    time.Time // when the newest ping was sent that was answered
+	ponged    time.Time // and when it was
 	orphans   []string  // consumers to delete when connected, with their streams
 }
 
@@ -514,7 +516,7 @@ type waiter struct {
 	subject string
 	first   time.Time // when the request was sent
 	sent    time.Time // and when the last time
-	heard   time.Time // since when the answer is known not to be on its way
+	heard   time.Time // since when the answer is known not to be on its way; zero until then
 	in      uint64    // messages that had come in by the last check
 	seen    bool      // in is known
 }
@@ -535,20 +537,23 @@ func (w *waiter) check(rep repetition) verdict {
 	moving := w.seen && in != w.in
 	w.in, w.seen = in, true
 	w.r.slow(w.t, w.first, "state: a request is not answered", w.subject)
-	if w.r.heardSince(w.sent) {
-		// It is not on its way; it is late, or lost.
-		if w.heard.IsZero() {
-			w.heard = now
+	if w.heard.IsZero() {
+		if w.heard = w.r.heardSince(w.sent); w.heard.Sub(w.sent) > repeatInterval {
+			w.t.progress() // the link was slow until then
 		}
+	}
+	if !w.heard.IsZero() {
+		// It is not on its way; it is late, or lost.
+		quiet := now.Sub(w.heard)
 		switch {
-		case rep == repeatable && now.Sub(w.sent) >= repeatInterval && w.r.elections():
+		case rep == repeatable && now.Sub(w.sent) >= repeatInterval && quiet >= repeatInterval/3 && w.r.elections():
 			if w.t.left() <= minAttempt {
 				return giveUp
 			}
 			w.sent, w.heard = now, time.Time{}
 			w.r.retrying(w.t, w.subject)
 			return repeatNow
-		case rep == resolvable && now.Sub(w.heard) >= ackTimeout-checkInterval:
+		case rep == resolvable && now.Sub(w.sent) >= ackTimeout && quiet >= ackTimeout/2:
 			return giveUp
 		}
 	} else if moving {
@@ -579,13 +584,13 @@ func (r *requester) slow(t *retryBudget, since time.Time, what, subject string) 
 // elections reports whether the stream may be between two leaders.
 func (r *requester) elections() bool { return r.nc.ConnectedClusterName() != "" }
 
-// heardSince reports whether the server has answered a ping that was sent after
-// a time. If not, it sends one.
-func (r *requester) heardSince(sent time.Time) bool {
+// heardSince returns when the server answered a ping that was sent after a time.
+// If it has not, heardSince sends one and returns zero.
+func (r *requester) heardSince(sent time.Time) time.Time {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.pinged.After(sent) {
-		return true
+		return r.ponged
 	}
 	if !r.pinging && !r.closed {
 		r.pinging = true
@@ -597,11 +602,11 @@ func (r *requester) heardSince(sent time.Time) bool {
 			r.mu.Lock()
 			defer r.mu.Unlock()
 			if r.pinging = false; err == nil {
-				r.pinged = asked
+				r.pinged, r.ponged = asked, time.Now()
 			}
 		})
 	}
-	return false
+	return time.Time{}
 }
 
 // explain adds to the error of a request that got no answer what the connection

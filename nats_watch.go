@@ -30,6 +30,8 @@ const (
 	// stateLife is how old a feed lets its knowledge of the stream become. It
 	// notices by it that the stream was purged, or made anew.
 	stateLife = 2 * time.Second
+	// maxLag is how long a consumer may stay behind the leader without getting on.
+	maxLag = 10 * time.Second
 	// refusedFor is how long a feed that is refused tries to attach again
 	// before it ends.
 	refusedFor = 2 * time.Second
@@ -73,6 +75,10 @@ type feed struct {
 	heardAt   timestamp // the same by the server's clock, which no pause of ours stops
 	cursor    uint64    // the last sequence that was dealt with
 	pending   uint64    // how many messages there were behind it
+	position  uint64    // how far the consumer has read the stream
+	passed    uint64    // and how far when it was last seen to get on
+	goal      uint64    // what it has to come to
+	goalSince time.Time // since when it has not got on
 	created   time.Time // the stream's, which distinguishes it from another of its name; never changed once the feed is ready
 	openedAt  timestamp // by the server's clock
 	expecting bool      // the first listing comes from a Follow
@@ -408,6 +414,7 @@ func (f *feed) connect(first bool, cursor uint64, created time.Time, heardAt tim
 func (f *feed) attached(a attachment, err error) {
 	if err == nil {
 		f.source, f.epoch, f.asked, f.pending = a.source, a.epoch, 0, 0
+		f.goal, f.goalSince = 0, time.Now()
 		f.hear()
 		err = f.pull()
 	}
@@ -527,6 +534,9 @@ func (f *feed) look() {
 	case time.Since(f.heard) > maxSilence:
 		f.cutOff("no heartbeat")
 		return
+	case f.lags():
+		f.cutOff("the consumer's server lags behind the leader")
+		return
 	}
 	if len(f.doubtful) > 0 {
 		f.recheck()
@@ -540,6 +550,18 @@ func (f *feed) look() {
 	if time.Since(s.checked) > stateLife-heartbeat/2 {
 		f.b.check()
 	}
+}
+
+// lags reports whether the consumer is behind what the leader had and has not got
+// on for a while: it may be on a replica that does not.
+func (f *feed) lags() bool {
+	if f.position >= f.goal || f.position != f.passed {
+		f.passed, f.goalSince = f.position, time.Now()
+	}
+	if f.position >= f.goal {
+		f.goal = f.b.state.Load().LastSeq
+	}
+	return time.Since(f.goalSince) > maxLag
 }
 
 // lookAtState looks for keys that were removed without a message: what is older
@@ -595,7 +617,7 @@ func (f *feed) accept(msg *nats.Msg) error {
 	switch {
 	case st.code == "":
 	case st.code == "100":
-		f.pending = 0
+		f.pending, f.position = 0, max(f.position, st.seq)
 		return nil
 	case st.code == "smaller":
 		f.asked = 0
@@ -608,7 +630,7 @@ func (f *feed) accept(msg *nats.Msg) error {
 	}
 	f.b.clock.observe(d.written)
 	f.asked--
-	f.cursor, f.pending = d.seq, d.pending
+	f.cursor, f.pending, f.position = d.seq, d.pending, d.seq
 	if key, ok := f.b.key(f.pattern, msg.Subject); ok {
 		f.report(key, decode(msg.Header, msg.Data, d.seq, d.written, f.b.settings.Load().MaxAge))
 	}

@@ -399,3 +399,99 @@ func TestUpdateOfExpired(t *testing.T) {
 		assert.True(t, kv.Created.Equal(kv.Modified), "it came into being anew")
 	}
 }
+
+// sentTo returns how many bytes a server has sent to a client.
+func sentTo(t *testing.T, srv *server.Server, nc *nats.Conn) int64 {
+	t.Helper()
+	id, err := nc.GetClientID()
+	require.NoError(t, err)
+	conns, err := srv.Connz(&server.ConnzOptions{CID: id})
+	require.NoError(t, err)
+	require.Len(t, conns.Conns, 1)
+	return conns.Conns[0].OutBytes
+}
+
+// TestNarrowLink: an answer that takes longer to arrive than a request usually
+// waits is waited for, and not asked for again.
+func TestNarrowLink(t *testing.T) {
+	if testing.Short() {
+		t.Skip("megabytes over a narrow link")
+	}
+	t.Parallel()
+	srv := startServer(t, nil)
+	near := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	large := make([]byte, 1<<20-headerRoom)
+	require.NoError(t, near.Put("large", large, 0))
+	nc, p := connectAt(t, srv.ClientURL(), distance{rtt: 2 * time.Millisecond})
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	p.move(distance{rtt: 2 * time.Millisecond, bandwidth: 375 << 10})
+
+	before := sentTo(t, srv, nc)
+	assert.Len(t, mustGet(t, s, "large").Value, len(large))
+	assert.Less(t, sentTo(t, srv, nc)-before, int64(11*len(large)/10), "bytes for a Get")
+	for _, key := range []string{"large", "new"} { // one that another client wrote
+		require.NoError(t, s.Put(key, large, time.Hour))
+		assert.Len(t, mustGet(t, near, key).Value, len(large))
+	}
+	assert.Zero(t, s.Stats().Retries)
+
+	const gets, size = 30, 80 << 10
+	require.NoError(t, near.Put("shared", large[:size], 0))
+	// A store that has been idle, or only written, reads from the leader until it
+	// has looked at the settings; that answers with a third more bytes.
+	mustGet(t, s, "shared")
+	eventually(t, func() bool { return time.Since(s.data.settings.Load().checked) < settingsLife/2 }, "a look at the settings")
+	before = sentTo(t, srv, nc)
+	var wg sync.WaitGroup
+	for range gets {
+		wg.Go(func() {
+			value, err := s.Get("shared")
+			assert.NoError(t, err)
+			assert.Len(t, value, size)
+		})
+	}
+	wg.Wait()
+	assert.Less(t, sentTo(t, srv, nc)-before, int64(11*gets*size/10), "bytes for %d Gets", gets)
+}
+
+// TestNarrowLinkToReplicas: the same where requests are made again because a
+// leader may be being elected, and a stored message comes as JSON.
+func TestNarrowLinkToReplicas(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster, and megabytes over a narrow link")
+	}
+	t.Parallel()
+	c := startCluster(t)
+	near := openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[0].ClientURL()), Bucket: "b", Replicas: 3})
+	const gets, size = 30, 80 << 10
+	require.NoError(t, near.Put("shared", make([]byte, size), 0))
+	nc, p := connectAt(t, c.servers[1].ClientURL(), distance{rtt: 2 * time.Millisecond})
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	require.Len(t, mustGet(t, s, "shared").Value, size)
+	one := sentTo(t, c.servers[1], nc)
+	require.Len(t, mustGet(t, s, "shared").Value, size)
+	one = sentTo(t, c.servers[1], nc) - one
+	p.move(distance{rtt: 2 * time.Millisecond, bandwidth: 375 << 10})
+	before := sentTo(t, c.servers[1], nc)
+	requests := spent(s, func() {
+		var wg sync.WaitGroup
+		for range gets {
+			wg.Go(func() {
+				value, err := s.Get("shared")
+				assert.NoError(t, err)
+				assert.Len(t, value, size)
+			})
+		}
+		wg.Wait()
+	})
+	assert.Equal(t, gets, requests)
+	assert.Less(t, sentTo(t, c.servers[1], nc)-before, 11*gets*one/10, "bytes for %d Gets", gets)
+
+	// Far away, answers are late, and no reason to ask again.
+	p.move(distance{rtt: 700 * time.Millisecond})
+	for range 3 {
+		assert.Equal(t, 1, spent(s, func() { mustGet(t, s, "shared") }))
+	}
+	assert.Equal(t, 1, spent(s, func() { require.NoError(t, s.Put("new", nil, 0)) }))
+	assert.Zero(t, s.Stats().Retries)
+}

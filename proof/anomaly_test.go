@@ -144,7 +144,7 @@ func leaderGet(nc *nats.Conn, stream, subject string) (string, error) {
 func TestDeleteAnomaly(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t, 3, false)
-	rounds := 300
+	rounds := 150
 	if *long > 0 {
 		rounds = 3000
 	}
@@ -172,7 +172,7 @@ func TestDeleteAnomaly(t *testing.T) {
 	}
 
 	both, tried := 0, 0
-	for i := 0; i < rounds || both == 0 && i < 10*rounds; i++ { // on a busy machine it takes longer
+	for i := 0; i < rounds || both == 0 && i < 20*rounds; i++ { // on a busy machine it takes longer
 		tried++
 		subject := "raw." + strconv.Itoa(i)
 		ack, err := js.Publish(ctx, subject, []byte("old"))

@@ -493,7 +493,7 @@ func TestDraining(t *testing.T) {
 // bucket was given more replicas two seconds ago.
 func TestReadsAsOperatorsChange(t *testing.T) {
 	t.Parallel()
-	rounds := 1500
+	rounds := 500
 	if *long > 0 {
 		rounds = 10_000
 	}

@@ -40,7 +40,7 @@ func (s step) String() string {
 	case "update":
 		return fmt.Sprintf("%s %q = %q for %v if it is %s", on, s.key, s.value, s.ttl, [...]string{"as it is", "missing", "as before"}[s.which])
 	case "delete-revision":
-		return fmt.Sprintf("%s %q if it is %s", on, s.key, [...]string{"as it is", "missing", "as before"}[s.which])
+		return fmt.Sprintf("%s %q if it is %s", on, s.key, [...]string{"as it is", "another one", "as before"}[s.which])
 	case "modify":
 		return fmt.Sprintf("%s %q by %q for %v", on, s.key, s.value, s.ttl)
 	case "lock":
@@ -88,7 +88,7 @@ const (
 var (
 	someKeys     = []string{"a", "a.b", "a.b.c", "ab", "b", "A/=_-1", strings.Repeat("k", 1024), "", ".a", "a..b", "a b", "a*"}
 	somePatterns = []string{"*", "a*", "a.*", "a.b*", "a", "a.b", "b", "zz*", "", "**", "a.*.b", ">", ".*", "a..*", "a."}
-	verbs        = []string{"put", "put", "put", "put", "get", "entry", "delete", "delete", "update", "update", "delete-revision", "modify", "keys", "entries", "holder", "watch", "events",
+	verbs        = []string{"put", "put", "put", "put", "get", "entry", "delete", "delete", "update", "update", "delete-revision", "delete-revision", "modify", "keys", "entries", "holder", "watch", "events",
 		"unwatch", "lock", "lock", "unlock", "refresh", "sleep", "sleep"}
 )
 
@@ -339,6 +339,9 @@ func (m *machine) do(s step) error {
 		}
 	case "delete-revision":
 		revision := m.choose(s)
+		if s.which == 1 {
+			revision = m.revision + 1
+		}
 		want, got := m.deleteRevision(s.key, revision), c.DeleteRevision(s.key, revision)
 		note("%v", got)
 		return same(want, got)

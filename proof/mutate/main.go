@@ -32,20 +32,30 @@ type edit struct{ old, new string }
 
 // The tests, by short names.
 var suite = map[string]string{
-	"memory-suite": ". -run ^TestMemoryStoreConformance$",
-	"nats-suite":   ". -run ^TestNATSStoreConformance$",
-	"fuzz":         ". -run ^Fuzz",
-	"exclusion":    ". -run ^TestMutualExclusionUnderFaults$",
-	"bursts":       ". -run ^TestWatchBurst$",
-	"clock":        ". -run ^TestClockSetBack$",
-	"vague-clock":  ". -run ^TestClockVague$",
-	"calls":        ". -run ^TestCallKeepsUp$",
-	"memory-model": "proof -run ^TestMemoryStoreModel$",
-	"nats-model":   "proof -run ^TestNATSStoreModel$",
-	"both-model":   "proof -run ^TestBothModel$",
-	"isolated":     "proof -run ^TestIsolatedLeader$",
-	"deletes":      "proof -run ^TestDeleteAnomaly$",
-	"markers":      "proof -run ^TestMarkerAnomaly$",
+	"memory-suite":     ". -run ^TestMemoryStoreConformance$",
+	"nats-suite":       ". -run ^TestNATSStoreConformance$",
+	"fuzz":             ". -run ^Fuzz",
+	"exclusion":        ". -run ^TestMutualExclusionUnderFaults$",
+	"clock":            ". -run ^TestClockSetBack$",
+	"vague-clock":      ". -run ^TestClockVague$",
+	"late-writes":      ". -run ^TestLateWriteUndoesNothing$",
+	"binding":          ". -run ^TestBindLeavesWhatTheOperatorSet$",
+	"unfit-locks":      ". -run ^TestBucketsThatCannotHoldLocks$",
+	"waiting":          ". -run ^TestWaitingForALock$",
+	"refreshes":        ". -run ^TestRefreshNearTheEnd$",
+	"at-the-deadline":  ". -run ^TestWatchRefreshedAtTheDeadline$",
+	"near-its-opening": ". -run ^TestWatchReportsExpiryNearItsOpening$",
+	"flapping":         ". -run ^TestFlappingConnectionLeavesNoConsumers$",
+	"limits":           ". -run ^TestLimitsOfConsumersAndPulls$",
+	"follow":           ". -run ^Test(NATSStore|MemoryStore|Follow)",
+	"memory-model":     "proof -run ^TestMemoryStoreModel$",
+	"nats-model":       "proof -run ^TestNATSStoreModel$",
+	"both-model":       "proof -run ^TestBothModel$",
+	"isolated":         "proof -run ^TestIsolatedLeader$",
+	"deletes":          "proof -run ^TestDeleteAnomaly$",
+	"altered":          "proof -run ^TestReadsAsOperatorsChange$",
+	"starve":           "proof -run ^TestPutDoesNotStarve$",
+	"strangers":        "proof -run ^TestStrangers$",
 }
 
 // command returns what runs a test: one of the suite, or "load" with the name of
@@ -64,65 +74,42 @@ const (
 )
 
 var mutations = []mutation{
-	{"memory-update-without-cas", []edit{{"if current != *expected {", "if false && current != *expected {"}}, []string{"memory-model", "memory-suite", inMemory}},
-	{"no-cas", []edit{{"	hdr.set(headerExpected, strconv.FormatUint(last.revision, 10))\n", ""}}, []string{oneServer, "deletes", "nats-suite", "exclusion"}},
-	{"unlock-without-ownership", []edit{
-		{"if l.released || l.lapse(time.Now()) && !l.unsure {", "if l.released {"},
-		{"if err == nil && l.lapsed {", "if false {"},
-		{"held == nil || held.token != l.token || held.deadline.passed(now)", "held == nil"},
-		{"owner != l.owner {", "false && owner != l.owner {"},
+	// The contract: compare-and-set, locks, time.
+	{"memory-update-without-cas", []edit{{"if expected != nil && it.current() != *expected {", "if false && it.current() != *expected {"}}, []string{"memory-model", "memory-suite", inMemory}},
+	{"delete-revision-without-precondition", []edit{
+		{"if expected != nil && (it == nil || it.revision != *expected) {", "if false {"},
+		{"	_, err = s.data.update(newBudget(ctx), m, revision)\n	return s.data.wrote(\"delete\"", "	err = s.data.remove(newBudget(ctx), m)\n	return s.data.wrote(\"delete\""},
 	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
-	{"a-lapsed-lock-is-handed-over", []edit{{"	if l.lapse(time.Now()) {\n		_ = l.lessor.release(l)\n		return nil, ErrLockExpired\n	}\n	return l, nil\n", "	return l, nil\n"}}, []string{"load three-servers-routes-stalled"}},
+	{"modify-without-cas", []edit{{"		if revision, err = store.Update(key, value, ttl, revision); err != ErrConflict {\n", "		if err = store.Put(key, value, ttl); err != ErrConflict {\n"}}, []string{"memory-model", inMemory}},
+	{"no-cas", []edit{{"	case pre == ifUnchanged && e.fixed:\n		hdr.set(headerExpected, padded(base.revision))\n	case pre == ifUnchanged:\n		hdr.set(headerExpected, strconv.FormatUint(base.revision, 10))\n", "	case false:\n"}}, []string{oneServer, "deletes", "nats-suite", "exclusion"}},
+	{"unlock-without-ownership", []edit{
+		{"	over := l.released || l.lapseLocked(time.Now()) && !l.unsure\n", "	over := l.released\n"},
+		{"if err == nil && l.lapsed {", "if false {"},
+		{"held == nil || held.token != l.token || held.deadline.passed(d.now())", "held == nil"},
+		{"if holderOf(base.op) != l.owner {", "if false {"},
+	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
+	{"a-lapsed-lock-is-handed-over", []edit{{"	if !time.Now().Before(l.validUntil()) {\n		l.giveBack()\n		return nil, ErrLockExpired\n	}\n	return l, nil\n", "	return l, nil\n"}}, []string{"load three-servers-routes-stalled"}},
 	{"takeover-before-the-end", []edit{
-		{"	if b.exists(c, last) {", "	if b.exists(c, last) && !b.expired(c, last.deadline-timestamp(100*time.Millisecond)) {"},
-		{"for t := s.lapses.due(now); t != nil; t = s.lapses.due(now) {\n		delete(s.locks, t.key)", "for t := s.lapses.due(now + 5e6); t != nil; t = s.lapses.due(now + 5e6) {\n		delete(s.locks, t.key)"},
+		{"		if b.exists(t, &base) || t.left() <= minAttempt {", "		if b.exists(t, &base) && !b.expired(t, base.deadline-timestamp(100*time.Millisecond)) || t.left() <= minAttempt {"},
+		{"for t := d.lapses.due(now); t != nil; t = d.lapses.due(now) {", "for t := d.lapses.due(now + 5e6); t != nil; t = d.lapses.due(now + 5e6) {"},
 	}, []string{inMemory, oneServer}},
 	{"refresh-after-the-end", []edit{
-		{"	if l.lapse(asked) {\n		return ErrLockExpired\n	}\n", ""},
-		{"case err == nil && l.lapse(time.Now()):", "case false:"},
-		{"held.token != l.token || held.deadline.passed(now)", "held.token != l.token"},
-		{"if !n.b.exists(c, last) {", "if last.deleted {"},
+		{"	err := l.lostLocked(asked)\n", "	err := error(nil)\n"},
+		{"	if err := l.lostLocked(time.Now()); err != nil {", "	if err := error(nil); err != nil {"},
+		{"case err == nil && l.lapseLocked(time.Now()):", "case false:"},
+		{"held.token != l.token || held.deadline.passed(d.now())", "held.token != l.token"},
 	}, []string{"memory-model", "nats-model", oneServer}},
 	{"tokens-that-stay", []edit{
 		{"func (l *lease) Token() uint64 { return l.token }", "func (l *lease) Token() uint64 { return 1 }"},
 	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
+	{"hold-outlives-its-lease", []edit{{"	r.lost.Store(true)\n	r.cancel(ErrLockExpired)\n", ""}}, []string{"memory-suite"}},
+	{"hold-does-not-refresh", []edit{{"		switch err := r.refresh(); {\n", "		switch err := error(nil); {\n"}}, []string{"memory-suite", "nats-suite"}},
 	{"a-clock-ahead", []edit{ // expiry by the clock of a client that is half a second ahead
 		{"	return c.base + timestamp(passed-passed/maxDrift)", "	return timestamp(time.Now().Add(500*time.Millisecond).UnixNano()) + 0*timestamp(passed)"},
 	}, []string{oneServer, "nats-suite"}},
 	{"a-clock-behind", []edit{
 		{"	return c.base + timestamp(passed-passed/maxDrift)", "	return timestamp(time.Now().Add(-5*time.Second).UnixNano()) + 0*timestamp(passed)"},
 	}, []string{"nats-model", "nats-suite"}},
-	{"drop-on-a-full-queue", []edit{
-		{"	if q.len() >= maxWaiting {\n", "	if q.len() >= maxWaiting {\n		return\n	}\n	if false {\n"},
-	}, []string{"fuzz", "memory-suite"}},
-	{"an-older-event-last", []edit{
-		{"			q.events[q.head+n-q.popped] = ev\n", "			_ = n\n"},
-	}, []string{"fuzz", "memory-suite"}},
-	{"keys-without-the-leader", []edit{
-		{"		case last >= upTo:\n			return all, nil\n", "		case true || last >= upTo:\n			return all, nil\n"},
-		{"status == \"100\" && got == 0 && last < upTo {", "status == \"\" && last < upTo {"},
-	}, []string{three}},
-	{"reads-from-any-replica", []edit{{"if setup.Replicas > 1 || !setup.AllowDirect {", "if !setup.AllowDirect {"}}, []string{three, "isolated"}},
-	{"lost-answers-are-failures", []edit{
-		{"			doubt, doubtOn, last = err, last.revision, nil\n", "			return record{}, err\n"},
-	}, []string{"load one-server-kills", "load one-server-restarts"}},
-	{"lost-answers-are-tried-anew", []edit{ // as if the first attempt had not been
-		{"if op, _, _ := strings.Cut(found.op, \"+\"); op == do.op {", "if false {"},
-	}, []string{"load one-server-clients-cut"}},
-	{"expired-is-visible", []edit{{"if !s.data.exists(c, &r) {", "if r.revision == 0 || r.deleted {"}}, []string{"nats-model", "both-model"}},
-	{"ttl-cut-to-seconds", []edit{
-		{"broom = (broom + time.Second - 1).Truncate(time.Second)", "broom = max(broom, time.Second).Truncate(time.Second)"},
-	}, []string{oneServer}},
-	{"watch-forgets-expiries", []edit{
-		{"	if w.source == nil {\n		return nil\n	}\n	if next :=", "	if true {\n		return nil\n	}\n	if next :="},
-		{"		s.remove(it, it.revision, it.deadline)\n", "		delete(s.items, it.key)\n"},
-	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
-	{"watch-forgets-what-it-missed", []edit{
-		{"w.b.filter(w.pattern), w.cursor+1, false", "w.b.filter(w.pattern), info.State.LastSeq+1, false"},
-	}, []string{"load one-server-clients-cut"}},
-	{"watch-tells-what-is-delivered", []edit{
-		{"		w.tellMissed(ctx, key, msg, d)\n", ""},
-	}, []string{"bursts", oneServer, three}},
 	{"a-clock-that-goes-on", []edit{ // as if a server's clock were never set back
 		{"open := !surely && (age > freshSample || !deadline.passed(now))", "open := false"},
 		{"age >= sampleLife || open", "surely && age >= sampleLife || open"},
@@ -130,37 +117,110 @@ var mutations = []mutation{
 	{"an-estimate-is-good-enough", []edit{
 		{"!surely && (age > freshSample || !deadline.passed(now))", "!surely && age > freshSample"},
 	}, []string{"vague-clock"}},
-	{"who-is-beaten-waits-longer", []edit{
-		{"	c.pause = firstPause\n", ""},
-	}, []string{"calls"}},
-	{"watch-tells-early-expiries", []edit{
-		{"next == 0 || !next.passed(w.b.clock.now())", "next == 0"},
-		{"	now := timestamp(info.Now.UnixNano())\n	var due", "	now := timestamp(info.Now.Add(time.Second).UnixNano())\n	var due"},
-		{"time.Duration(next-w.b.clock.now())", "time.Duration(next-w.b.clock.now())-time.Second"},
-	}, []string{"nats-suite"}},
+	{"expired-is-visible", []edit{{"	b.cache.learn(key, r)\n	if !b.exists(t, &r) {", "	b.cache.learn(key, r)\n	if r.revision == 0 || r.deleted {"}}, []string{"nats-model", "both-model"}},
+	{"ttl-cut-to-seconds", []edit{
+		{"	t += min(extra, math.MaxInt64-t)\n	if whole := t.Truncate(time.Second); whole != t && whole <= maxServerTTL {\n		t = whole + time.Second\n	}\n", "	_, _ = extra, math.MaxInt64\n	t = max(t, time.Second).Truncate(time.Second)\n"},
+	}, []string{oneServer}},
 	{"created-not-kept", []edit{
-		{"	b = strconv.AppendInt(b, int64(last.created), 10)\n", "	b = strconv.AppendInt(b, int64(w.now), 10)\n"},
-		{"	it.revision, it.modified = s.revision, now\n", "	it.revision, it.modified, it.created = s.revision, now, now\n"},
+		{"	if lasts {\n		next.created = base.created\n	}\n", ""},
+		{"	it.revision, it.modified = d.revision, now\n", "	it.revision, it.modified, it.created = d.revision, now, now\n"},
 	}, []string{"memory-model", "nats-model", "memory-suite", "nats-suite"}},
 	{"created-kept-too-long", []edit{
-		{"created < written && !replaced.passed(written)", "created < written && replaced >= 0"},
+		{"st.created < written && !st.replaced.passed(written)", "st.created < written"},
 	}, []string{"fuzz"}},
 	{"delete-writes-always", []edit{
-		{"		if !s.data.exists(c, last) {\n			return nil, record{}, errNothing\n		}\n", ""},
+		{"err != nil || !b.exists(t, &base) {\n			return err\n		}\n		read = true", "err != nil {\n			return err\n		}\n		read = true"},
 	}, []string{"nats-model", "both-model"}},
+
+	// Reads and listings.
+	{"reads-from-any-replica", []edit{{"if s.Replicas > 1 || !s.AllowDirect || s.copies {", "if !s.AllowDirect {"}}, []string{three, "isolated"}},
+	{"mirrors-are-trusted", []edit{
+		{"s.Replicas > 1 || !s.AllowDirect || s.copies", "s.Replicas > 1 || !s.AllowDirect"},
+		{"err != nil || last(\"Nats-Stream\") != stream {", "err != nil {"},
+	}, []string{"altered"}},
+	{"a-direct-404-is-trusted", []edit{
+		{"s.Replicas > 1 || !s.AllowDirect || s.copies", "s.Replicas > 1 || !s.AllowDirect"},
+		{"	if !ok || b.cache.recall(key).revision > r.revision {\n", "	if statusOf(answer) == \"404\" {\n		return record{}, true\n	}\n	if !ok || b.cache.recall(key).revision > r.revision {\n"},
+	}, []string{"altered"}},
+	{"settings-stay-as-they-were", []edit{
+		{"s.epoch != e || time.Since(s.checked) > settingsLife {", "false && s.epoch != e {"},
+		{"	if b.checking.CompareAndSwap(false, true) {\n", "	if false {\n"},
+	}, []string{"altered"}},
+	{"stored-headers-are-the-servers", []edit{
+		{"return values[len(values)-1]\n		}\n		return \"\"\n	}\n	seq", "return values[0]\n		}\n		return \"\"\n	}\n	seq"},
+		{"if len(msg.Data) > 0 || len(msg.Header[\"Nats-Sequence\"]) > 0 {", "if false {"},
+	}, []string{"strangers"}},
+	{"keys-without-the-leader", []edit{
+		{"ends++; last >= upTo && (", "ends++; (true || last >= upTo) && ("},
+		{"case st.code == \"100\" && last < upTo:", "case st.code == \"\" && last < upTo && false:"},
+	}, []string{three}},
+	{"entries-with-the-deleted", []edit{
+		{"	entries := make([]*KeyValue, 0, len(l.all))\n	for i := range l.all {\n		if r := &l.all[i]; !r.deleted &&", "	entries := make([]*KeyValue, 0, len(l.all))\n	for i := range l.all {\n		if r := &l.all[i];"},
+	}, []string{"nats-model", oneServer}},
+	{"a-batch-that-is-refused", []edit{{"if most := int(c.b.maxBatch.Load()); most > 0 {", "if most := int(c.b.maxBatch.Load()); most > 1<<30 {"}}, []string{"limits"}},
+
+	// Writes.
+	{"put-loops", []edit{
+		{"	base, err := b.contended(t, m.key)\n	if err != nil {\n		return record{}, err\n	}\n	return b.commit(t, m, base, always)\n", "	for {\n		base, err := b.contended(t, m.key)\n		if err != nil {\n			return record{}, err\n		}\n		if r, err := b.commit(t, m, base, ifUnchanged); err != errMoved || !t.wait(b.life) {\n			return r, err\n		}\n	}\n"},
+	}, []string{"starve"}},
+	{"publishes-while-disconnected", []edit{
+		{"		case nats.CONNECTED:\n			if e.status == nats.CONNECTED || late {", "		case nats.CONNECTED, nats.RECONNECTING:\n			if true {"},
+	}, []string{"late-writes"}},
+	{"lost-answers-are-failures", []edit{{"		case lost:\n			inDoubt = err\n", "		case lost:\n			return record{}, err\n"}}, []string{"load one-server-kills", "load one-server-restarts"}},
+	{"lost-answers-are-tried-anew", []edit{ // as if the first attempt had not been
+		{"			if inDoubt == nil && o == conflicting {", "			if o == conflicting {"},
+	}, []string{"load one-server-clients-cut"}},
+	{"binding-changes-the-history", []edit{{"has > 0 && int64(b.want.history) > has {", "has > 0 && b.want.history > 0 && int64(b.want.history) != has {"}}, []string{"binding"}},
+	{"locks-in-memory", []edit{{"	case c.Storage != \"file\":\n", "	case false:\n"}}, []string{"unfit-locks"}},
+	{"locks-in-a-bucket-with-max-age", []edit{{"	case c.MaxAge > 0:\n", "	case false:\n"}}, []string{"unfit-locks"}},
+	{"waiters-poll", []edit{{"		if q.sub == nil || s.deaf {\n			wake = earlier(wake, began.Add(deafCheck))", "		if true {\n			wake = earlier(wake, began.Add(30*time.Millisecond))"}}, []string{"waiting"}},
+	{"refresh-by-the-estimate", []edit{{"	r, err := n.write(newBudget(ctx), l, mutation{value: n.s.leaseData(l.ttl, l.token), ttl: l.ttl})\n", "	if n.b.expired(newBudget(ctx), n.b.cache.recall(l.key).deadline) {\n		return ErrLockExpired\n	}\n	r, err := n.write(newBudget(ctx), l, mutation{value: n.s.leaseData(l.ttl, l.token), ttl: l.ttl})\n"}}, []string{"refreshes"}},
+
+	// Watches, Follow and Cache.
+	{"drop-on-a-full-queue", []edit{
+		{"	if q.len() >= maxWaiting {\n", "	if q.len() >= maxWaiting {\n		return\n	}\n	if false {\n"},
+	}, []string{"fuzz", "memory-suite"}},
+	{"an-older-event-last", []edit{
+		{"			q.events[q.head+n-q.popped] = ev\n", "			_ = n\n"},
+	}, []string{"fuzz", "memory-suite"}},
+	{"watch-forgets-expiries", []edit{
+		{"		default:\n			f.gone(t, t.revision, t.deadline)\n", "		default:\n			delete(f.alive, t.key)\n"},
+		{"		d.remove(it, it.revision, it.deadline)\n", "		delete(d.items, it.key)\n		d.keys.remove(it.key)\n"},
+	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
+	{"watch-forgets-what-it-missed", []edit{
+		{"f.b.filter(f.pattern), cursor+1, false, watchLife", "f.b.filter(f.pattern), a.info.State.LastSeq+1, false, watchLife"},
+	}, []string{"load one-server-clients-cut"}},
+	{"watch-reports-early-expiries", []edit{
+		{"f.probe(f.due(timestamp(info.Now.UnixNano())), f.expired)", "f.probe(f.due(timestamp(info.Now.UnixNano())+1e9), f.expired)"},
+		{"	now := f.b.clock.now()\n	if f.source == nil || f.asking", "	now := f.b.clock.now() + 1e9\n	if f.source == nil || f.asking"},
+		{"time.Duration(next-f.b.clock.now())", "time.Duration(next-f.b.clock.now())-time.Second"},
+	}, []string{"nats-suite", oneServer}},
+	{"expiry-without-the-probe", []edit{
+		{"f.probe(f.due(timestamp(info.Now.UnixNano())), f.expired)", "due := []finding{}\n			for _, t := range f.due(timestamp(info.Now.UnixNano())) {\n				due = append(due, finding{t: t, revision: t.revision, probeResult: probeResult{last: t.revision, known: true}})\n			}\n			f.expired(due)"},
+	}, []string{"at-the-deadline"}},
+	{"expiry-twice-after-a-listing", []edit{{"		over = l.now // what expired before was tracked: it was reported, or will be\n", ""}}, []string{"load one-server-restarts"}},
+	{"no-grace", []edit{{"	expiryGrace = 2 * time.Second\n", "	expiryGrace = 0 * time.Second\n"}}, []string{"near-its-opening"}},
+	{"consumers-stay", []edit{{"	r.mu.Lock()\n	r.orphans = append(r.orphans, name)\n	r.mu.Unlock()\n", ""}}, []string{"flapping"}},
+	{"follow-drops-expiries", []edit{{"(!exists || ev.Revision < known.revision):", "(!exists || ev.Revision <= known.revision):"}}, []string{inMemory, oneServer}},
+	{"follow-goes-back", []edit{{"	case ev.Operation == OpPut && exists && ev.Revision <= known.revision:\n", "	case false:\n"}}, []string{"follow"}},
+	{"a-cache-that-is-always-new", []edit{{"	return c.reached.asOf\n", "	return time.Now()\n"}}, []string{oneServer, "load one-server-far"}},
+
+	// Keys, bytes, resources.
 	{"star-without-the-empty-rest", []edit{
 		{"	if p.wild {\n		return strings.HasPrefix(key, p.prefix)\n", "	if p.wild {\n		return strings.HasPrefix(key, p.prefix) && len(key) > len(p.prefix)\n"},
 	}, []string{"fuzz", "nats-model"}},
 	{"double-dots", []edit{{"if !keyByte[c] || c == '.' && last == '.' {", "if !keyByte[c] || c == '.' && last == 0 {"}}, []string{"fuzz", "memory-model"}},
-	{"headers-are-trusted", []edit{{"created > 0 && created < written && !replaced", "created != 0 && !replaced"}}, []string{"fuzz"}},
+	{"headers-are-trusted", []edit{{"lasting := st.created > 0 && st.created < written &&", "lasting := st.created != 0 &&"}}, []string{"fuzz"}},
 	{"deliveries-misread", []edit{{"		skip += 2\n", "		skip += 1\n"}}, []string{"fuzz"}},
 	{"errors-read-as-acknowledgements", []edit{{"bytes.Contains(ack, []byte(`\"error\":`))", "bytes.Contains(ack, []byte(`\"none\":`))"}}, []string{"fuzz"}},
 	{"a-goroutine-that-stays", []edit{{"func NewMemoryStore() *MemoryStore {\n", "func NewMemoryStore() *MemoryStore {\n	go func() { select {} }()\n"}}, []string{"memory-model", inMemory}},
 	{"values-are-shared", []edit{{"	c := make([]byte, len(b))\n	copy(c, b)\n	return c\n", "	if b == nil {\n		return []byte{}\n	}\n	return b\n"}}, []string{"memory-suite"}},
+	{"contexts-are-ignored", []edit{{"	return s.ctx, nil\n}\n\n// WithContext", "	return context.Background(), nil\n}\n\n// WithContext"}}, []string{"nats-suite"}},
 }
 
 var (
 	only    = flag.String("only", "", "run the mutations whose names contain one of these, separated by commas")
+	build   = flag.Bool("build", false, "only see whether the library still builds with each of them")
 	timeout = flag.Duration("timeout", 4*time.Minute, "for how long a test may run")
 )
 
@@ -195,6 +255,16 @@ func run() error {
 		if err := m.apply(copied); err != nil {
 			wrong++
 			fmt.Printf("| %s | | NOT APPLIED: %v |\n", m.name, err)
+			continue
+		}
+		if *build {
+			cmd := exec.Command("go", "build", ".")
+			cmd.Dir = copied
+			if out, err := cmd.CombinedOutput(); err != nil {
+				wrong++
+				fmt.Printf("| %s | | NOT BUILT: %s |\n", m.name, out)
+			}
+			_ = os.RemoveAll(copied)
 			continue
 		}
 		for _, test := range m.tests {
