@@ -31,7 +31,7 @@ type Agent struct {
 	Name  string
 	Store state.Store
 
-	// Tell reports what goes wrong.
+	// Tell is called with what goes wrong, from several goroutines.
 	Tell func(format string, args ...any)
 	// Terms is called when the agent becomes the leader, and whenever it acts
 	// as one.

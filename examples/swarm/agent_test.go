@@ -5,6 +5,7 @@ import (
 	"io"
 	"runtime"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -87,8 +88,8 @@ func TestSwarmOutlivesFailures(t *testing.T) {
 		}
 		store := statetest.Wrap(memory.Client())
 		defer store.Close()
-		failures := 0
-		a := &Agent{Name: "ada", Store: store, Terms: w.Term, Tell: func(string, ...any) { failures++ }}
+		var failures atomic.Int64
+		a := &Agent{Name: "ada", Store: store, Terms: w.Term, Tell: func(string, ...any) { failures.Add(1) }}
 		if err := a.Start(); err != nil {
 			t.Fatal(err)
 		}
@@ -103,7 +104,7 @@ func TestSwarmOutlivesFailures(t *testing.T) {
 			t.Fatal(err)
 		}
 		time.Sleep(6 * time.Minute)
-		if failures == 0 {
+		if failures.Load() == 0 {
 			t.Error("nothing failed")
 		}
 		if n := runtime.NumGoroutine(); n > goroutines+10 {
