@@ -177,7 +177,10 @@ func notFoundIfGone(err error) error {
 func (n natsLessor) write(t *retryBudget, l *lease, m mutation) (record, error) {
 	l.writes++
 	m.key, m.op = l.key, fmt.Sprintf("%s.%d", l.owner, l.writes)
-	base := record{entry: entry{revision: l.revision}}
+	base := n.b.cache.recall(l.key) // with a deadline: the next record does not have to hide it
+	if base.revision != l.revision {
+		base = record{entry: entry{revision: l.revision}}
+	}
 	if l.unsure {
 		var err error
 		if base, err = n.b.leaderLast(t, l.key); err != nil {

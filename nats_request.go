@@ -44,6 +44,7 @@ const (
 	codeUnavailable    jetstream.ErrorCode = 10008
 	codeNoMessage      jetstream.ErrorCode = 10037
 	codeNoAccount      jetstream.ErrorCode = 10039
+	codeAccountLimit   jetstream.ErrorCode = 10002
 	codeAccountFull    jetstream.ErrorCode = 10047 // or memory: 10028
 	codeMemoryFull     jetstream.ErrorCode = 10028
 	codeStreamFailed   jetstream.ErrorCode = 10077
@@ -484,7 +485,7 @@ type waiter struct {
 	t     *retryBudget
 	first time.Time // when the request was sent
 	sent  time.Time // and when the last time
-	in    uint64    // messages that had come in by the last check
+	in    uint64    // messages that had come in by the last check, 0 before the first one
 }
 
 type verdict int
@@ -500,7 +501,7 @@ const (
 func (w *waiter) check(rep repetition) verdict {
 	now := time.Now()
 	in := w.r.nc.Stats().InMsgs
-	moving := in != w.in
+	moving := w.in != 0 && in != w.in // only from the second check on it is known
 	w.in = in
 	w.retried(now)
 	if w.r.heardSince(w.sent) {
