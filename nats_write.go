@@ -400,7 +400,7 @@ func refusal(e *jetstream.APIError) (outcome, error) {
 		return unfit, e
 	case codeTooLarge:
 		return refused, ErrValueTooLarge
-	case codeAccountFull, codeMemoryFull:
+	case codeAccountLimit, codeAccountFull, codeMemoryFull:
 		return refused, ErrStoreFull
 	case codeStreamFailed:
 		if strings.Contains(e.Description, "maximum") {
