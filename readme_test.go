@@ -42,7 +42,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -53,7 +55,9 @@ import (
 var (
 	_ = fmt.Println
 	_ = errors.Is
+	_ = log.Print
 	_ = strconv.Itoa
+	_ sync.WaitGroup
 	_ time.Duration
 	_ *nats.Conn
 )
@@ -70,6 +74,7 @@ func _(ctx context.Context, store state.Store, data []byte,
 // TestReadmeCode vets every Go block of the README, and runs those that are
 // tests, in a module of their own that uses this one as the README says.
 func TestReadmeCode(t *testing.T) {
+	t.Parallel()
 	here, err := filepath.Abs(".")
 	require.NoError(t, err)
 	dir := t.TempDir()
@@ -125,6 +130,7 @@ func useAll(code string) string {
 // TestReadmePermissions runs a store under the permissions of the README: all of
 // them are enough, and each is needed.
 func TestReadmePermissions(t *testing.T) {
+	t.Parallel()
 	conf := filepath.Join(t.TempDir(), "server.conf")
 	require.NoError(t, os.WriteFile(conf, []byte(readmeBlocks(t, "")[0]), 0o600))
 	opts, err := server.ProcessConfigFile(conf)
@@ -138,11 +144,13 @@ func TestReadmePermissions(t *testing.T) {
 	without := func(list []string, i int) []string { return slices.Delete(slices.Clone(list), i, i+1) }
 	for i, subject := range listed.Publish.Allow {
 		t.Run("without "+subject, func(t *testing.T) {
+			t.Parallel()
 			assert.NotEmpty(t, refusedUnder(t, without(listed.Publish.Allow, i), listed.Subscribe.Allow))
 		})
 	}
 	for i, subject := range listed.Subscribe.Allow {
 		t.Run("not hearing "+subject, func(t *testing.T) {
+			t.Parallel()
 			assert.NotEmpty(t, refusedUnder(t, listed.Publish.Allow, without(listed.Subscribe.Allow, i)))
 		})
 	}
