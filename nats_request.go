@@ -45,6 +45,7 @@ const (
 	codeUnavailable    jetstream.ErrorCode = 10008
 	codeNoMessage      jetstream.ErrorCode = 10037
 	codeNoAccount      jetstream.ErrorCode = 10039
+	codeAccountLimit   jetstream.ErrorCode = 10002
 	codeAccountFull    jetstream.ErrorCode = 10047 // or memory: 10028
 	codeMemoryFull     jetstream.ErrorCode = 10028
 	codeStreamFailed   jetstream.ErrorCode = 10077

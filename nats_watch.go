@@ -708,6 +708,9 @@ func (f *feed) gone(t *tracked, revision uint64, at timestamp) {
 	delete(f.alive, t.key)
 	delete(f.doubtful, t.key)
 	f.buried[t.key] = burial{t.created, time.Now()}
+	if !f.listed || f.listing {
+		f.touched[t.key] = max(f.touched[t.key], t.revision) // a listing may still have it
+	}
 	f.push(deletion(t.key, revision, at))
 }
 

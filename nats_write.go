@@ -297,10 +297,10 @@ func unknownIf(inDoubt, err error) error {
 	switch {
 	case inDoubt == nil:
 		return err
-	case err == ErrClosed:
-		return fmt.Errorf("%w: %w", ErrOutcomeUnknown, ErrClosed)
+	case err == nil || errors.Is(inDoubt, err):
+		return fmt.Errorf("%w: %w", ErrOutcomeUnknown, inDoubt)
 	}
-	return fmt.Errorf("%w: %w", ErrOutcomeUnknown, inDoubt)
+	return fmt.Errorf("%w: %w; %w", ErrOutcomeUnknown, inDoubt, err)
 }
 
 // waitForRemoval waits until the server has removed a record that it is about to
@@ -400,7 +400,7 @@ func refusal(e *jetstream.APIError) (outcome, error) {
 		return unfit, e
 	case codeTooLarge:
 		return refused, ErrValueTooLarge
-	case codeAccountFull, codeMemoryFull:
+	case codeAccountLimit, codeAccountFull, codeMemoryFull:
 		return refused, ErrStoreFull
 	case codeStreamFailed:
 		if strings.Contains(e.Description, "maximum") {

@@ -1,0 +1,238 @@
+package state
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// What happens at the limits of a bucket, of an account and of a server: it is
+// said in words, room can be made, and nothing has to be opened again.
+
+// fillUp puts small entries until the bucket is full, and returns their keys.
+func fillUp(t *testing.T, s *NATSStore, value []byte) (keys []string) {
+	t.Helper()
+	for i := range 5000 {
+		key := fmt.Sprintf("k.%d", i)
+		err := s.Put(key, value, 0)
+		if err != nil {
+			refuses(t, ErrStoreFull, err)
+			return keys
+		}
+		keys = append(keys, key)
+	}
+	require.FailNow(t, "the bucket is never full")
+	return nil
+}
+
+// onReplicasOf runs a test on one replica and on three.
+func onReplicasOf(t *testing.T, test func(t *testing.T, nc *nats.Conn, replicas int)) {
+	t.Helper()
+	t.Run("one", func(t *testing.T) {
+		t.Parallel()
+		test(t, connect(t, startServer(t, nil).ClientURL()), 1)
+	})
+	t.Run("three", func(t *testing.T) {
+		t.Parallel()
+		test(t, connect(t, startCluster(t).servers[0].ClientURL()), 3)
+	})
+}
+
+// TestFullBucket: a bucket of small entries, full to the last byte, refuses to
+// grow, and can be emptied key by key.
+func TestFullBucket(t *testing.T) {
+	t.Parallel()
+	onReplicasOf(t, func(t *testing.T, nc *nats.Conn, replicas int) {
+		_, err := newJetStream(t, nc).CreateKeyValue(context.Background(), jetstream.KeyValueConfig{
+			Bucket: "b", MaxBytes: 16 << 10, Replicas: replicas,
+		})
+		require.NoError(t, err)
+		s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+		other := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"}) // knows nothing of the keys
+		keys := fillUp(t, s, []byte(strings.Repeat("v", 60)))
+		_, err = s.Update("new", []byte(strings.Repeat("v", 60)), 0, 0)
+		refuses(t, ErrStoreFull, err)
+		refuses(t, ErrStoreFull, s.Put("new", []byte(strings.Repeat("v", 60)), time.Hour))
+		if replicas == 1 {
+			require.NoError(t, s.Put(keys[0], []byte("v"), 0), "a shorter value fits")
+		}
+		for i, key := range keys {
+			by := s
+			if i%2 == 1 {
+				by = other
+			}
+			require.NoError(t, by.Delete(key), "deletion %d of %d", i, len(keys))
+			_, err := s.Get(key)
+			refuses(t, ErrNotFound, err)
+		}
+		left, err := s.Keys("*")
+		require.NoError(t, err)
+		assert.Empty(t, left)
+		for range 3 {
+			require.NoError(t, s.Put(keys[0], []byte("again"), 0), "there is room again")
+			require.NoError(t, other.Delete(keys[0]))
+		}
+	})
+}
+
+// TestFullLockBucket: who got a lock while there was room can keep it and give
+// it back.
+func TestFullLockBucket(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t, nil).ClientURL())
+	_, err := newJetStream(t, nc).CreateKeyValue(context.Background(), jetstream.KeyValueConfig{Bucket: "b-locks", MaxBytes: 16 << 10})
+	require.NoError(t, err)
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	var locks []Lock
+	for i := 0; err == nil; i++ {
+		require.Less(t, i, 1000, "the bucket is never full")
+		var l Lock
+		if l, err = s.Lock(fmt.Sprintf("l.%03d", i), time.Minute); err == nil {
+			locks = append(locks, l)
+		}
+	}
+	refuses(t, ErrStoreFull, err)
+	for range 2 {
+		for _, l := range locks {
+			require.NoError(t, l.Refresh(), l.Key())
+		}
+	}
+	for _, l := range locks {
+		require.NoError(t, l.Unlock(), l.Key())
+	}
+	mustLock(t, s, locks[0].Key(), time.Minute)
+}
+
+// TestFullOfMessages: the same for the number of messages.
+func TestFullOfMessages(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t, nil).ClientURL())
+	js := newJetStream(t, nc)
+	ctx := context.Background()
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	stream, err := js.Stream(ctx, "KV_b")
+	require.NoError(t, err)
+	cfg := stream.CachedInfo().Config
+	cfg.MaxMsgs = 20
+	_, err = js.UpdateStream(ctx, cfg)
+	require.NoError(t, err)
+	keys := fillUp(t, s, nil)
+	require.Len(t, keys, 20)
+	require.NoError(t, s.Put(keys[3], []byte("replaced"), 0))
+	for _, key := range keys {
+		require.NoError(t, s.Delete(key))
+	}
+	left, err := s.Keys("*")
+	require.NoError(t, err)
+	assert.Empty(t, left)
+	cfg.MaxMsgs = -1
+	_, err = js.UpdateStream(ctx, cfg)
+	require.NoError(t, err)
+	require.NoError(t, s.Put("new", nil, 0))
+}
+
+// TestFullAccount: an account's storage that is used up is ErrStoreFull too,
+// and a deletion makes room.
+func TestFullAccount(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	acc, err := srv.LookupAccount(server.DEFAULT_GLOBAL_ACCOUNT)
+	require.NoError(t, err)
+	require.NoError(t, acc.UpdateJetStreamLimits(map[string]server.JetStreamAccountLimits{
+		"": {MaxMemory: -1, MaxStore: 64 << 10, MaxStreams: -1, MaxConsumers: -1},
+	}))
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	keys := fillUp(t, s, make([]byte, 1000))
+	require.NotEmpty(t, keys)
+	for _, key := range keys {
+		require.NoError(t, s.Delete(key))
+	}
+	left, err := s.Keys("*")
+	require.NoError(t, err)
+	assert.Empty(t, left)
+	require.NoError(t, s.Put("new", make([]byte, 1000), 0))
+}
+
+// TestSmallStreamBuffers: a server that takes in little at a time is given the
+// rest later. What fails says so, and was not written.
+func TestSmallStreamBuffers(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, func(o *server.Options) {
+		o.StreamMaxBufferedMsgs, o.StreamMaxBufferedSize = 4, 2<<20
+	})
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	size := s.data.maxValue()
+	require.Greater(t, size, 1<<19)
+	size = min(size, 1<<20-1024)
+	errs := make([]error, 150)
+	var wg sync.WaitGroup
+	for i := range errs {
+		wg.Go(func() { errs[i] = s.Put(fmt.Sprintf("k.%d", i), bytes.Repeat([]byte{byte(i)}, size), 0) })
+	}
+	wg.Wait()
+	written := 0
+	for i, err := range errs {
+		value, errGet := s.Get(fmt.Sprintf("k.%d", i))
+		switch {
+		case err == nil:
+			require.NoError(t, errGet)
+			assert.Equal(t, byte(i), value[size-1])
+			written++
+		case !errors.Is(err, ErrOutcomeUnknown):
+			assert.NotEqual(t, codeTooManyPending, apiCode(err), "it may be sent again")
+			refuses(t, ErrNotFound, errGet, err)
+		}
+	}
+	assert.Positive(t, written)
+}
+
+// TestRevokedPermissions: a permission that is taken away is missed in words,
+// and one that is given back is used, without opening anything again.
+func TestRevokedPermissions(t *testing.T) {
+	t.Parallel()
+	opts := &server.Options{
+		Host: "127.0.0.1", Port: freePort(t), JetStream: true, StoreDir: t.TempDir(), NoSigs: true, NoLog: true,
+	}
+	users := func(deny ...string) []*server.User {
+		u := &server.User{Username: "u", Password: "p"}
+		if len(deny) > 0 {
+			u.Permissions = &server.Permissions{Publish: &server.SubjectPermission{Allow: []string{">"}, Deny: deny}}
+		}
+		return []*server.User{u}
+	}
+	opts.Users = users()
+	srv := runServer(t, opts.Clone())
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL(), nats.UserInfo("u", "p")), Bucket: "b"})
+	require.NoError(t, s.Put("k", []byte("v"), 0))
+	events := mustWatch(t, s, "*")
+
+	reload := func(deny ...string) {
+		next := opts.Clone()
+		next.Users = users(deny...)
+		require.NoError(t, srv.ReloadOptions(next))
+	}
+	reload("$KV.b.>")
+	err := s.Put("k", []byte("refused"), 0)
+	require.Error(t, err)
+	assert.Contains(t, strings.ToLower(err.Error()), "permissions violation")
+	assert.Equal(t, "v", string(mustGet(t, s, "k").Value))
+
+	reload()
+	require.NoError(t, s.Put("k", []byte("again"), 0))
+	for told := receive(t, events); string(told.Value) != "again"; told = receive(t, events) {
+		assert.NotEqual(t, "refused", string(told.Value))
+	}
+	require.NoError(t, s.Delete("k"))
+	assert.Equal(t, "delete k", brief(receive(t, events)))
+}
