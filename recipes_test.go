@@ -84,11 +84,11 @@ func ExampleFollow_registry() {
 	// ada has left
 }
 
-// Work does the tasks of a queue until ctx ends. Whoever wants something done puts it under a
-// key "tasks.<id>"; it is done when the key is gone. A lock is the claim. If a
-// worker dies, its lease lapses, and another worker takes over. One that was
-// paused for longer than its lease may do a task beside another worker; then one
-// of the two fails to delete it.
+// Work does the tasks of a queue until ctx ends. Whoever wants something done
+// puts it under a key "tasks.<id>"; it is done when the key is gone. A lock is the
+// claim. If a worker dies, its lease lapses, and another worker takes over. One
+// that was paused for longer than its lease may do a task beside another worker;
+// then one of the two fails to delete it.
 func Work(ctx context.Context, store state.Store, lease time.Duration, do func(ctx context.Context, task []byte) error) error {
 	tasks, changes, err := state.Follow(ctx, store, "tasks.*")
 	if err != nil {
