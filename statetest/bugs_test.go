@@ -79,9 +79,9 @@ func record(t *testing.T, w *world, key string) func() []*state.KeyValue {
 	}
 }
 
-// simulate runs a program in a bubble and returns what it found to be wrong, and
-// the faults.
-func simulate(t *testing.T, seed uint64, rates statetest.Rates, p program) (wrong error, faults []string) {
+// simulate runs a program in a bubble and returns the faults, and what it
+// found to be wrong.
+func simulate(t *testing.T, seed uint64, rates statetest.Rates, p program) (faults []string, wrong error) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		w := &world{below: state.NewMemoryStore(), seed: seed, rates: rates}
@@ -92,7 +92,7 @@ func simulate(t *testing.T, seed uint64, rates statetest.Rates, p program) (wron
 		}
 		assert.NoError(t, w.below.Close())
 	})
-	return wrong, faults
+	return faults, wrong
 }
 
 // TestBugsAreFound: each bug is found within a hundred seeds, and what does not
@@ -108,12 +108,12 @@ func TestBugsAreFound(t *testing.T) {
 			found := false
 			for seed := range uint64(seeds) {
 				if !found {
-					wrong, _ := simulate(t, seed, statetest.DefaultRates(), p(true))
+					_, wrong := simulate(t, seed, statetest.DefaultRates(), p(true))
 					if found = wrong != nil; found {
 						t.Logf("found with seed %d: %v", seed, wrong)
 					}
 				}
-				wrong, faults := simulate(t, seed, statetest.DefaultRates(), p(false))
+				faults, wrong := simulate(t, seed, statetest.DefaultRates(), p(false))
 				if wrong != nil {
 					t.Log(strings.Join(faults, "\n"))
 					require.NoError(t, wrong, "without the bug, seed %d", seed)

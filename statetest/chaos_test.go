@@ -331,7 +331,7 @@ func holding(t *testing.T, w *world, withLock func(context.Context, state.StateS
 	ctx, cancel := context.WithTimeout(t.Context(), day)
 	defer cancel()
 	begin := func(ctx context.Context, token uint64) {
-		time.Sleep(1) // whoever is told now that its lease is over has been told
+		time.Sleep(time.Nanosecond) // whoever is told now that its lease is over has been told
 		mu.Lock()
 		defer mu.Unlock()
 		if holder != nil && holder.Err() == nil && wrong == nil {

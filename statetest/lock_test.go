@@ -75,7 +75,7 @@ func TestLapse(t *testing.T) {
 		}
 		time.Sleep(5*time.Second - 1)
 		held(t, below, "l")
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		free(t, below, "l")
 		bare(t, state.ErrLockExpired, l.Refresh())
 		bare(t, state.ErrLockNotHeld, l.Unlock())
@@ -184,7 +184,7 @@ func TestHandedOverLate(t *testing.T) {
 		assert.ErrorIs(t, l.Unlock(), state.ErrOutcomeUnknown)
 		time.Sleep(3*time.Second - 1)
 		held(t, below, "l")
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		synctest.Wait()
 		free(t, below, "l")
 
