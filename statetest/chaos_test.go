@@ -126,7 +126,7 @@ func TestPrograms(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			met, end := 0, *firstSeed+uint64(*seeds/p.oneIn)
 			for seed := *firstSeed; seed < end; seed++ {
-				wrong, faults := simulate(t, seed, statetest.DefaultRates(), p.run)
+				faults, wrong := simulate(t, seed, statetest.DefaultRates(), p.run)
 				met += len(faults)
 				if wrong != nil || t.Failed() {
 					t.Log(strings.Join(faults, "\n"))
@@ -151,7 +151,7 @@ func TestSameSeedSameFaults(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			all := func(seeds ...uint64) (all []string) {
 				for _, seed := range seeds {
-					wrong, faults := simulate(t, seed, statetest.DefaultRates(), p)
+					faults, wrong := simulate(t, seed, statetest.DefaultRates(), p)
 					require.NoError(t, wrong)
 					all = append(all, faults...)
 				}
