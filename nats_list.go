@@ -190,7 +190,7 @@ func (b *bucket) listOnce(t *retryBudget, p pattern, info *streamInfo, values bo
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", errStartOver, err)
 		}
-		got, st := 0, status{}
+		got, st, pulled := 0, status{}, time.Now()
 		for got < asked && st.code == "" {
 			mail, err := c.await(t, e)
 			if err != nil {
@@ -233,6 +233,9 @@ func (b *bucket) listOnce(t *retryBudget, p pattern, info *streamInfo, values bo
 					}
 				}
 			}
+		}
+		if st.code == "408" && got > 0 && time.Since(pulled) < opTimeout/2 {
+			st.code = "404" // what servers say that are older, long before the time is up
 		}
 		switch {
 		case st.code == "100", st.code == "404":
