@@ -927,21 +927,21 @@ func (f *feed) askProgress(ctx context.Context) {
 		f.b.start(func() {
 			asked, t := time.Now(), newBudget(ctx)
 			info, err := f.b.info(t)
-			for err == nil {
+			if err != nil {
+				return
+			}
+			msg, err := f.b.leaderMsg(t, f.b.filter(f.pattern))
+			if err != nil {
+				return
+			}
+			var last uint64 // the last message that it has to come to
+			if msg != nil {
+				last = msg.Seq
+			}
+			for {
 				var at consumerInfo
-				err = f.b.call(t, "CONSUMER.INFO", f.b.stream+"."+source.name, nil, &at)
-				if err != nil {
+				if err := f.b.call(t, "CONSUMER.INFO", f.b.stream+"."+source.name, nil, &at); err != nil {
 					return
-				}
-				// What is pending lags behind what is stored, on one server too, so
-				// it takes a look at the last message that there is.
-				var last uint64
-				msg, err := f.b.leaderMsg(t, f.b.filter(f.pattern))
-				if err != nil {
-					return
-				}
-				if msg != nil {
-					last = msg.Seq
 				}
 				if at.Pending == 0 && at.Delivered.Seq >= last {
 					f.post(func() {

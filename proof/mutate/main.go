@@ -136,7 +136,7 @@ var mutations = []mutation{
 	{"reads-from-any-replica", []edit{{"if s.Replicas > 1 || !s.AllowDirect || s.copies {", "if !s.AllowDirect {"}}, []string{three, "isolated"}},
 	{"mirrors-are-trusted", []edit{
 		{"s.Replicas > 1 || !s.AllowDirect || s.copies", "s.Replicas > 1 || !s.AllowDirect"},
-		{"err != nil || last(\"Nats-Stream\") != stream {", "err != nil {"},
+		{"err != nil || last(\"Nats-Stream\") != stream ||", "err != nil ||"},
 	}, []string{"altered"}},
 	{"a-direct-404-is-trusted", []edit{
 		{"s.Replicas > 1 || !s.AllowDirect || s.copies", "s.Replicas > 1 || !s.AllowDirect"},
