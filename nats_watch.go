@@ -863,18 +863,30 @@ func (f *feed) suspect(suspects []*tracked) {
 		return
 	}
 	f.probe(suspects, func(findings []finding) {
-		for _, found := range findings {
-			t := found.t
-			switch {
-			case f.alive[t.key] != t || t.revision != found.revision:
-			case !found.known, found.last > t.revision:
-				f.doubtful[t.key] = t
-			case found.last == 0:
-				f.gone(t, t.revision, f.removedAt(t))
-				f.listPause = stateLife // there may be more removals
-			}
+		if f.settle(findings) {
+			f.listPause = stateLife // there may be more removals
 		}
 	})
+}
+
+// settle deals with keys that may have been removed without a message, by what
+// the leader has. It reports whether any was.
+func (f *feed) settle(findings []finding) (removed bool) {
+	for _, found := range findings {
+		t := found.t
+		switch {
+		case f.alive[t.key] != t || t.revision != found.revision:
+			// It was refreshed, or is gone, as has been reported.
+		case !found.known, found.last > t.revision:
+			f.doubtful[t.key] = t
+		case found.last == 0:
+			f.gone(t, t.revision, f.removedAt(t))
+			removed = true
+		case t.deadline != 0:
+			f.expiries.set(&t.expiring, t.deadline) // no newer write was accepted
+		}
+	}
+	return removed
 }
 
 // removedAt returns when a key was removed, of which only the absence is known.
@@ -898,20 +910,7 @@ func (f *feed) recheck() {
 	if len(again) == 0 {
 		return
 	}
-	f.probe(again, func(findings []finding) {
-		for _, found := range findings {
-			t := found.t
-			switch {
-			case f.alive[t.key] != t || t.revision != found.revision:
-			case !found.known, found.last > t.revision:
-				f.doubtful[t.key] = t
-			case found.last == 0:
-				f.gone(t, t.revision, f.removedAt(t))
-			case t.deadline != 0:
-				f.expiries.set(&t.expiring, t.deadline) // the newer write was not accepted
-			}
-		}
-	})
+	f.probe(again, func(findings []finding) { f.settle(findings) })
 }
 
 // askProgress finds out how far the feed has come, and marks it for the
