@@ -92,6 +92,10 @@ func (c *cacheSink) apply(ev *KeyValue) {
 	c.wakeLocked()
 }
 
+func (c *cacheSink) next() (chan<- *KeyValue, *KeyValue) { return nil, nil }
+
+func (c *cacheSink) delivered() {}
+
 func (c *cacheSink) startOver() {
 	c.mu.Lock()
 	defer c.mu.Unlock()

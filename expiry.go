@@ -48,6 +48,16 @@ func (a expiryQueue) next() timestamp {
 	return a[0].listed
 }
 
+// nextDue is next, but not before something is due: it looks at what was put off
+// since it was listed.
+func (a *expiryQueue) nextDue() timestamp {
+	for len(*a) > 0 && (*a)[0].listed < (*a)[0].deadline {
+		(*a)[0].listed = (*a)[0].deadline
+		heap.Fix(a, 0)
+	}
+	return a.next()
+}
+
 // anyDue reports whether something ends at now or before.
 func (a *expiryQueue) anyDue(now timestamp) bool {
 	for len(*a) > 0 && (*a)[0].listed.passed(now) {

@@ -22,7 +22,7 @@ import (
 // the caller's own. A slow reader blocks nobody, as for Watch. Follow remembers
 // the names and revisions of the keys that exist.
 func Follow(ctx context.Context, store Store, pattern string) (current []*KeyValue, changes <-chan *KeyValue, err error) {
-	out := &followSink{sub: newSubscription(), versions: make(map[string]version)}
+	out := &followSink{reader: make(chan *KeyValue), versions: make(map[string]version)}
 	f := &following{store: store, pattern: pattern, sink: out}
 	src, err := f.open(ctx)
 	if err != nil {
@@ -31,17 +31,11 @@ func Follow(ctx context.Context, store Store, pattern string) (current []*KeyVal
 	for _, kv := range src.current {
 		out.versions[kv.Key] = versionOf(kv)
 	}
-	reader, ended := make(chan *KeyValue), make(chan struct{})
 	go func() {
-		defer close(ended)
+		defer close(out.reader)
 		f.run(ctx, src)
 	}()
-	go func() {
-		defer close(reader)
-		out.sub.deliver(reader, ctx.Done(), ended)
-		<-ended
-	}()
-	return src.current, reader, nil
+	return src.current, out.reader, nil
 }
 
 // A version tells one value of a key from another, also from one of the same
@@ -59,9 +53,11 @@ func (v version) replacedBy(kv *KeyValue) bool {
 	return kv.Revision > v.revision || kv.Modified.UnixNano() > v.modified
 }
 
-// A followSink hands the changes to the reader of a Follow.
+// A followSink keeps the changes until the reader of a Follow takes them.
 type followSink struct {
-	sub      *subscription
+	reader   chan *KeyValue
+	waiting  queue
+	head     *KeyValue // the next one for the reader; nil if it is still in waiting
 	versions map[string]version
 }
 
@@ -82,8 +78,20 @@ func (s *followSink) apply(ev *KeyValue) {
 	} else {
 		s.versions[ev.Key] = versionOf(ev)
 	}
-	s.sub.push(ev)
+	s.waiting.push(ev)
 }
+
+func (s *followSink) next() (chan<- *KeyValue, *KeyValue) {
+	if s.head == nil {
+		if s.waiting.len() == 0 {
+			return nil, nil
+		}
+		s.head = s.waiting.pop()
+	}
+	return s.reader, s.head
+}
+
+func (s *followSink) delivered() { s.head = nil }
 
 func (s *followSink) startOver() {}
 
@@ -95,6 +103,10 @@ type sink interface {
 	version(key string) (version, bool)
 	each(f func(kv *KeyValue))
 	apply(ev *KeyValue)
+	// next returns what its reader is to take next, and over which channel; nil if
+	// there is nothing. delivered says that it was taken.
+	next() (chan<- *KeyValue, *KeyValue)
+	delivered()
 	// startOver says that the store may have been made anew, so that the
 	// revisions so far mean nothing any more.
 	startOver()
@@ -179,21 +191,39 @@ func (f *following) run(ctx context.Context, src *source) {
 	for {
 		f.read(ctx, src)
 		src.stop()
-		for retry := (backoff{20 * time.Millisecond, time.Second}); ; retry.wait(ctx, math.MaxInt64) {
-			if ctx.Err() != nil {
-				return
-			}
-			var err error
-			if src, err = f.open(ctx); err == nil {
-				break
-			}
-			if err == ErrClosed {
-				return
-			}
+		if src = f.reopen(ctx); src == nil {
+			return
 		}
 		f.reconcile(src.current)
 		f.sink.startOver()
 		f.sink.advance(progress{src.asOf, src.begun})
+	}
+}
+
+// reopen opens another source, however long that takes. It returns nil if ctx
+// ends or the store is closed. Meanwhile the reader gets what waits for it.
+func (f *following) reopen(ctx context.Context) *source {
+	opened := make(chan *source)
+	go func() {
+		defer close(opened)
+		for retry := (backoff{20 * time.Millisecond, time.Second}); ctx.Err() == nil; retry.wait(ctx, math.MaxInt64) {
+			src, err := f.open(ctx)
+			if err == nil {
+				opened <- src
+			}
+			if err == nil || err == ErrClosed {
+				return
+			}
+		}
+	}()
+	for {
+		reader, head := f.sink.next()
+		select {
+		case reader <- head:
+			f.sink.delivered()
+		case src := <-opened:
+			return src
+		}
 	}
 }
 
@@ -213,7 +243,10 @@ func (f *following) read(ctx context.Context, src *source) {
 			}
 			wake = src.sub.wake
 		}
+		reader, head := f.sink.next()
 		select {
+		case reader <- head:
+			f.sink.delivered()
 		case <-wake:
 		case ev, ok := <-src.events:
 			if !ok {

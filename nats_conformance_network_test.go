@@ -17,6 +17,7 @@ func TestNATSStoreConformanceAtADistance(t *testing.T) {
 	if testing.Short() {
 		t.Skip("one case makes three thousand round trips")
 	}
+	t.Parallel()
 	srv := startServer(t, nil)
 	b := natsBackend(1, srv)
 	b.open = func(t *testing.T) func() Store {
@@ -36,6 +37,7 @@ const trafficPrefix = "traffic-beside."
 // which makes 300 changes a second to other keys of the same bucket. The cases
 // see the bucket without these keys: what they check is everything else.
 func TestNATSStoreConformanceBesideTraffic(t *testing.T) {
+	t.Parallel()
 	srv := startServer(t, nil)
 	b := natsBackend(1, srv)
 	b.open = func(t *testing.T) func() Store {

@@ -59,6 +59,7 @@ func TestDomain(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the whole suite once more")
 	}
+	t.Parallel()
 	hub := startHub(t)
 	servers := []*server.Server{startLeaf(t, hub, "leaf", true), hub, startLeaf(t, hub, "bare", false)}
 	var clients atomic.Int64
@@ -197,6 +198,7 @@ func TestAPIPrefix(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the whole suite once more")
 	}
+	t.Parallel()
 	srv := startAccounts(t)
 	var clients atomic.Int64
 	b := natsBackend(1)

@@ -183,7 +183,7 @@ func (f *feed) run() {
 		case <-broken:
 			f.cutOff("the connection was lost")
 		}
-		if next := f.expiries.next(); next != 0 && !f.asking && f.source != nil {
+		if next := f.expiries.nextDue(); next != 0 && !f.asking && f.source != nil {
 			expiry.Reset(max(time.Duration(next-f.b.clock.now()), time.Until(f.deferred), 0))
 		}
 	}

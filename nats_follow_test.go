@@ -206,6 +206,7 @@ func TestFollowOnReplicas(t *testing.T) {
 	if testing.Short() {
 		t.Skip("a cluster")
 	}
+	t.Parallel()
 	c := startCluster(t)
 	nc := connect(t, c.servers[0].ClientURL())
 	var stores []*NATSStore

@@ -52,6 +52,7 @@ func TestNewNATSStoreRefusesConfigs(t *testing.T) {
 }
 
 func TestNewNATSStoreSaysWhatIsWrong(t *testing.T) {
+	t.Parallel()
 	quickly := func(t *testing.T, nc *nats.Conn, says string) {
 		t.Helper()
 		began := time.Now()

@@ -13,19 +13,21 @@ import (
 // their time waiting, for deadlines and for servers.
 func TestMain(m *testing.M) {
 	flag.Parse()
-	if err := flag.Set("test.parallel", "8"); err != nil {
+	if err := flag.Set("test.parallel", "10"); err != nil {
 		panic(err)
 	}
 	os.Exit(m.Run())
 }
 
 func TestNATSStoreConformance(t *testing.T) {
+	t.Parallel()
 	testConformance(t, natsBackend(1, startServer(t, nil)))
 }
 
 // TestNATSStoreConformanceReplicated runs the suite on three replicas, with the
 // clients spread over the servers.
 func TestNATSStoreConformanceReplicated(t *testing.T) {
+	t.Parallel()
 	testConformance(t, natsBackend(3, startCluster(t).servers...))
 }
 

@@ -425,6 +425,7 @@ func refreshAtTheDeadline(t *testing.T, writer, watcher *NATSStore) []string {
 
 // TestWatchEnds: the end is told by closing the channel.
 func TestWatchEnds(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	t.Run("bucket deleted", func(t *testing.T) {
 		t.Parallel()

@@ -15,5 +15,6 @@ func TestWrappedMemoryStoreConformance(t *testing.T) {
 }
 
 func TestWrappedNATSStoreConformance(t *testing.T) {
+	t.Parallel()
 	state.NATSConformance(t, func(s state.Store) state.Store { return statetest.Wrap(s) })
 }
