@@ -82,7 +82,7 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // matter to the contract:
 //
 //   - A bucket that has a TTL itself (MaxAge) keeps it. No entry lives longer,
-//     whatever TTL it was put with; it then expires like any other.
+//     even if its own TTL is longer; it then expires like any other.
 //   - A bucket with delete markers (SubjectDeleteMarkerTTL, which nats.go calls
 //     LimitMarkerTTL) keeps them, since other clients may rely on them. On a
 //     replicated bucket the server can then lose a write that is under way when
@@ -443,10 +443,10 @@ func (s *NATSStore) follow(ctx context.Context, p pattern) (*subscription, []*Ke
 // Lock implements [StateStore]. The lock is a [Fenced]. To take the lock away from
 // its holder, delete its key from the bucket of locks.
 //
-// It costs one request, two if the lock is held, and three if another client
-// released it in the last ten minutes or its last lease has just lapsed. The
-// store's first Lock costs one more to find the bucket of locks, or two to create
-// it.
+// It costs one request, two if the lock is held, three if another client released
+// it in the last ten minutes, and up to four if its last lease has just lapsed.
+// The store's first Lock costs one more to find the bucket of locks, or two to
+// create it.
 func (s *NATSStore) Lock(key string, ttl time.Duration) (Lock, error) {
 	ctx, err := s.beginLock(key, ttl)
 	if err != nil {
