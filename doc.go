@@ -73,12 +73,12 @@
 //
 // # TTL
 //
-// Every Put says how long the entry lives. 0 means for ever, or for the store's
-// default TTL where [NATSStoreConfig] sets one. Any positive duration is
-// honoured, from a nanosecond on. An entry is visible until its deadline by the
-// store's clock. For NATS that is the server's clock; the clocks of the machines
-// that agents run on do not matter. An entry never expires early, and is visible
-// for at most a network round trip after its deadline.
+// Every Put says how long the entry lives. 0 means that it never expires, or that
+// it has the store's default TTL where [NATSStoreConfig] sets one. Any positive
+// duration is honoured, from a nanosecond on. An entry is visible until its
+// deadline by the store's clock. For NATS that is the server's clock; the clocks
+// of the machines that agents run on do not matter. An entry never expires early,
+// and is visible for at most a network round trip after its deadline.
 //
 // A Put replaces the TTL along with the value. An expired key behaves exactly
 // like a deleted one: the next Put starts a new key, with a new Created.
