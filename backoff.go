@@ -7,15 +7,23 @@ import (
 )
 
 // A backoff is the pause between attempts. It doubles from one to the next up to
-// max, and varies by half, so that those who failed together do not try again
+// max, and varies by half, so that clients that failed together do not try again
 // together.
 type backoff struct{ pause, max time.Duration }
 
 // wait waits for the next pause, but for no longer than limit, or until ctx ends.
 func (b *backoff) wait(ctx context.Context, limit time.Duration) {
-	pause := b.pause/2 + rand.N(b.pause)
+	pause := b.pause/2 + jitter(b.pause)
 	b.pause = min(2*b.pause, b.max)
 	sleep(ctx, min(pause, limit))
+}
+
+// jitter returns a random duration below d. The clock is its seed: that differs
+// between clients by far more than it needs to, and a test in a bubble of
+// testing/synctest can be repeated.
+func jitter(d time.Duration) time.Duration {
+	seeded := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), uint64(d)))
+	return time.Duration(seeded.Int64N(int64(d)))
 }
 
 // sleep waits for d or until ctx ends.

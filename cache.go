@@ -247,10 +247,7 @@ func (c *Cache) Wait(ctx context.Context, revision uint64) error {
 		changed := c.changed
 		c.mu.Unlock()
 		if !asked {
-			select {
-			case c.asked <- struct{}{}:
-			default:
-			}
+			notify(c.asked)
 		}
 		var err error
 		select {

@@ -528,7 +528,7 @@ var holdCases = []conformanceCase{
 		s := dial()
 		const ttl = 1200 * time.Millisecond
 		for _, used := range []time.Duration{0, 2 * ttl / 3} {
-			l := mustLock(t, s, "l", ttl)
+			l := mustLock(t, s, "lost."+used.String(), ttl) // the store sees it lapse a little later
 			time.Sleep(used)
 			var began time.Time
 			err := Hold(context.Background(), limit(l, 1), ttl, func(ctx context.Context, _ uint64) error {
@@ -542,7 +542,7 @@ var holdCases = []conformanceCase{
 
 			// The same of the store's own lock: it is not lost before its first
 			// refresh is due.
-			l = mustLock(t, s, "l", ttl)
+			l = mustLock(t, s, "kept."+used.String(), ttl)
 			time.Sleep(used)
 			require.NoError(t, Hold(context.Background(), l, ttl, func(ctx context.Context, _ uint64) error {
 				time.Sleep(ttl / 4)

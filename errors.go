@@ -57,7 +57,7 @@ var (
 
 	// ErrStoreFull is returned for a write that would exceed what the store may
 	// hold, such as the max_bytes of a bucket. Nothing was written. Deletions
-	// still work.
+	// still work, unless the bucket refuses purges.
 	ErrStoreFull = errors.New("store full")
 )
 
@@ -71,10 +71,19 @@ var ErrOutcomeUnknown = errors.New("outcome unknown")
 // errUnopened is what the methods of a zero store return.
 var errUnopened = errors.New("state: the store was not opened: it is a zero value, not one from NewMemoryStore or NewNATSStore")
 
-// opError adds to a failure what was to be done. Documented outcomes stay bare.
-func opError(verb, key string, err error) error {
+// isOutcome reports whether err is a documented outcome, which is always bare.
+func isOutcome(err error) bool {
 	switch err {
-	case nil, ErrNotFound, ErrConflict, ErrValueTooLarge, ErrStoreFull, ErrClosed, ErrLockHeld, ErrLockExpired, ErrLockNotHeld:
+	case ErrNotFound, ErrConflict, ErrClosed, ErrWatchClosed, ErrInvalidKey, ErrInvalidTTL, ErrValueTooLarge, ErrStoreFull,
+		ErrLockHeld, ErrLockExpired, ErrLockNotHeld, errUnopened:
+		return true
+	}
+	return false
+}
+
+// opError adds the operation and the key to a failure.
+func opError(verb, key string, err error) error {
+	if err == nil || isOutcome(err) {
 		return err
 	}
 	if errors.Is(err, ErrClosed) && !errors.Is(err, ErrOutcomeUnknown) {

@@ -49,13 +49,14 @@ func (a expiryQueue) next() timestamp {
 }
 
 // anyDue reports whether something ends at now or before.
-func (a expiryQueue) anyDue(now timestamp) bool {
-	for len(a) > 0 && a[0].listed.passed(now) {
-		if a[0].deadline.passed(now) {
+func (a *expiryQueue) anyDue(now timestamp) bool {
+	for len(*a) > 0 && (*a)[0].listed.passed(now) {
+		t := (*a)[0]
+		if t.deadline.passed(now) {
 			return true
 		}
-		a[0].listed = a[0].deadline
-		heap.Fix(&a, 0)
+		t.listed = t.deadline
+		heap.Fix(a, 0)
 	}
 	return false
 }
@@ -63,16 +64,10 @@ func (a expiryQueue) anyDue(now timestamp) bool {
 // due takes out and returns the first of what ends at now or before; nil if
 // nothing does.
 func (a *expiryQueue) due(now timestamp) *expiring {
-	for len(*a) > 0 && (*a)[0].listed.passed(now) {
-		t := (*a)[0]
-		if t.deadline.passed(now) {
-			heap.Pop(a)
-			return t
-		}
-		t.listed = t.deadline
-		heap.Fix(a, 0)
+	if !a.anyDue(now) {
+		return nil
 	}
-	return nil
+	return heap.Pop(a).(*expiring)
 }
 
 // The methods of heap.Interface.

@@ -2,7 +2,7 @@ package state
 
 import (
 	"context"
-	"math/rand/v2"
+	"math"
 	"time"
 )
 
@@ -36,7 +36,11 @@ func Follow(ctx context.Context, store Store, pattern string) (current []*KeyVal
 		defer close(ended)
 		f.run(ctx, src)
 	}()
-	go out.sub.deliver(reader, ctx.Done(), ended)
+	go func() {
+		defer close(reader)
+		out.sub.deliver(reader, ctx.Done(), ended)
+		<-ended
+	}()
 	return src.current, reader, nil
 }
 
@@ -98,24 +102,26 @@ type sink interface {
 	advance(p progress)
 }
 
-// A follower is a store that watches and lists in one pass. The subscription
-// ends with ctx and with the store. ask requests that it is marked soon how far
-// the subscription has come.
+// A follower is a store that watches and lists in one pass. ctx bounds the
+// requests. The source's subscription ends with the store; the caller stops it
+// in any case.
 type follower interface {
-	follow(ctx context.Context, p pattern) (sub *subscription, current []*KeyValue, ask func(), err error)
+	follow(ctx context.Context, p pattern) (*source, error)
 }
 
 // A source is a watch, and what existed when it began.
 type source struct {
 	current []*KeyValue
-	begun   time.Time     // what was acknowledged before is in current
-	asOf    uint64        // the newest revision that is known to be in what was listed
-	newest  uint64        // the newest revision of an event
-	listed  bool          // again since it began
-	sub     *subscription // of a store that is a follower; else
-	events  <-chan *KeyValue
-	ask     func()
-	stop    context.CancelFunc
+	begun   time.Time // what was acknowledged before is in current
+	asOf    uint64    // the newest revision that is known to be in what was listed
+	newest  uint64    // the newest revision of an event
+	listed  bool      // again since it began
+	stop    func()
+	// A store that is a follower has
+	sub *subscription
+	ask func() // requests that it is marked soon how far sub has come
+	// and others have
+	events <-chan *KeyValue
 }
 
 // A following is what Follow and Cache have in common. One goroutine, that of
@@ -138,23 +144,32 @@ func (f *following) open(ctx context.Context) (src *source, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, opError("follow", f.pattern, err)
 	}
-	src = &source{begun: time.Now()}
-	ctx, src.stop = context.WithCancel(ctx)
+	begun := time.Now()
 	if own, ok := f.store.(follower); ok {
-		src.sub, src.current, src.ask, err = own.follow(ctx, p)
-		err = opError("follow", f.pattern, err)
-	} else {
-		bound := f.store.WithContext(ctx)
-		if src.events, err = bound.Watch(f.pattern); err == nil {
-			src.current, err = bound.Entries(f.pattern)
+		if src, err = own.follow(ctx, p); err != nil {
+			return nil, opError("follow", f.pattern, err)
 		}
+	} else if src, err = f.watchAndList(ctx); err != nil {
+		return nil, err
+	}
+	src.begun = begun
+	for _, kv := range src.current {
+		src.asOf = max(src.asOf, kv.Revision)
+	}
+	return src, nil
+}
+
+// watchAndList is follow for any store.
+func (f *following) watchAndList(ctx context.Context) (src *source, err error) {
+	src = new(source)
+	ctx, src.stop = context.WithCancel(ctx)
+	bound := f.store.WithContext(ctx)
+	if src.events, err = bound.Watch(f.pattern); err == nil {
+		src.current, err = bound.Entries(f.pattern)
 	}
 	if err != nil {
 		src.stop()
 		return nil, err
-	}
-	for _, kv := range src.current {
-		src.asOf = max(src.asOf, kv.Revision)
 	}
 	return src, nil
 }
@@ -164,7 +179,7 @@ func (f *following) run(ctx context.Context, src *source) {
 	for {
 		f.read(ctx, src)
 		src.stop()
-		for pause := 20 * time.Millisecond; ; pause = min(2*pause, time.Second) {
+		for retry := (backoff{20 * time.Millisecond, time.Second}); ; retry.wait(ctx, math.MaxInt64) {
 			if ctx.Err() != nil {
 				return
 			}
@@ -175,12 +190,6 @@ func (f *following) run(ctx context.Context, src *source) {
 			if err == ErrClosed {
 				return
 			}
-			timer := time.NewTimer(pause/2 + rand.N(pause))
-			select {
-			case <-timer.C:
-			case <-ctx.Done():
-			}
-			timer.Stop()
 		}
 		f.reconcile(src.current)
 		f.sink.startOver()

@@ -28,13 +28,7 @@ type memoryClient struct {
 
 	// data.mu guards what follows.
 	closed  bool
-	follows map[*subscription]memoryFollow
-}
-
-// A memoryFollow is how to end the subscription of a Follow.
-type memoryFollow struct {
-	pattern pattern
-	stop    func() bool // as context.AfterFunc returns it
+	follows map[*subscription]pattern // of what is being followed
 }
 
 // A memoryData is what the clients of a store share.
@@ -553,6 +547,7 @@ func (s *MemoryStore) Watch(pattern string) (<-chan *KeyValue, error) {
 	reader := make(chan *KeyValue)
 	d.watches.add(p, sub)
 	s.client.active.Go(func() {
+		defer close(reader)
 		sub.deliver(reader, s.ctx.Done(), s.client.quit)
 		d.mu.Lock()
 		d.watches.remove(p, sub)
@@ -561,50 +556,43 @@ func (s *MemoryStore) Watch(pattern string) (<-chan *KeyValue, error) {
 	return reader, nil
 }
 
-// follow is Watch and then Entries in one pass. The subscription ends with ctx
-// and with the store; its reader is the caller. ask requests a progress mark
-// soon.
-func (s *MemoryStore) follow(ctx context.Context, p pattern) (sub *subscription, current []*KeyValue, ask func(), err error) {
-	s = s.bind(ctx)
-	d, err := s.lockFor("follow", p)
+// follow implements [follower].
+func (s *MemoryStore) follow(ctx context.Context, p pattern) (*source, error) {
+	d, err := s.bind(ctx).lockFor("follow", p)
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, err
 	}
 	all := d.collect(p)
-	sub = newSubscription()
+	c, sub := s.client, newSubscription()
 	d.watches.add(p, sub)
-	c := s.client
-	c.active.Add(1)
 	if c.follows == nil {
-		c.follows = make(map[*subscription]memoryFollow)
+		c.follows = make(map[*subscription]pattern)
 	}
-	c.follows[sub] = memoryFollow{p, context.AfterFunc(ctx, func() {
-		defer c.active.Done()
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		d.endFollow(c, sub)
-	})}
+	c.follows[sub] = p
 	d.mu.Unlock()
-	ask = func() {
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		d.sweep() // what has expired by now is part of the progress
-		sub.advance(progress{revision: d.revision, asOf: time.Now()})
-	}
-	return sub, copies(all), ask, nil
+	return &source{
+		current: copies(all),
+		sub:     sub,
+		ask: func() {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			d.sweep() // what has expired by now is part of the progress
+			sub.advance(progress{revision: d.revision, asOf: time.Now()})
+		},
+		stop: func() {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			d.endFollow(c, sub)
+		},
+	}, nil
 }
 
 // endFollow ends a subscription of a client's follow, once. The caller holds mu.
 func (d *memoryData) endFollow(c *memoryClient, sub *subscription) {
-	f, ok := c.follows[sub]
-	if !ok {
-		return
-	}
-	delete(c.follows, sub)
-	d.watches.remove(f.pattern, sub)
-	sub.end()
-	if f.stop() {
-		c.active.Done()
+	if p, ok := c.follows[sub]; ok {
+		delete(c.follows, sub)
+		d.watches.remove(p, sub)
+		sub.end()
 	}
 }
 
@@ -619,7 +607,7 @@ func (s *MemoryStore) Lock(key string, ttl time.Duration) (Lock, error) {
 
 // grant acquires a lock that is free. If it is held, grant returns ErrLockHeld
 // and the deadline of the lease, and queues wake, if it is not nil, to be filled
-// when the lock is released.
+// when it is worth asking again.
 func (s *MemoryStore) grant(key string, ttl time.Duration, wake chan struct{}) (*lease, timestamp, error) {
 	asked := time.Now()
 	d, err := s.lock("lock", key)
@@ -635,7 +623,7 @@ func (s *MemoryStore) grant(key string, ttl time.Duration, wake chan struct{}) (
 		delete(d.locks, t.key)
 	}
 	if held := d.locks[key]; held != nil {
-		if wake != nil {
+		if wake != nil && !slices.Contains(d.waiters[key], wake) {
 			d.waiters[key] = append(d.waiters[key], wake)
 		}
 		return nil, held.deadline, ErrLockHeld
@@ -644,11 +632,13 @@ func (s *MemoryStore) grant(key string, ttl time.Duration, wake chan struct{}) (
 	held := &memoryLock{expiring: expiring{key: key}, token: d.lockRevision}
 	d.locks[key] = held
 	d.lapses.set(&held.expiring, now.deadline(ttl))
+	d.dropWaiter(key, wake)
+	d.wakeFirst(key) // it waits for another lease's end
 	return newLease(s.ctx, s, key, ttl, asked, held.token), 0, nil
 }
 
-// awaitLock implements [lockWaiter]. A release wakes one waiter, the one that has
-// waited longest; the end of the lease wakes all.
+// awaitLock implements [lockWaiter]. A release and each new lease wake the first
+// waiter, so that it always knows when the current lease ends.
 func (s *MemoryStore) awaitLock(ctx context.Context, key string, ttl time.Duration) (Lock, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, opError("lock", key, err)
@@ -660,53 +650,42 @@ func (s *MemoryStore) awaitLock(ctx context.Context, key string, ttl time.Durati
 		if err == nil {
 			return l.handOver()
 		}
-		if err != ErrLockHeld {
-			return nil, err
+		if err == ErrLockHeld {
+			var lapse <-chan time.Time
+			if deadline != 0 {
+				lapse = time.After(time.Duration(deadline - s.client.data.now()))
+			}
+			select {
+			case <-wake:
+				continue
+			case <-lapse:
+				continue
+			case <-ctx.Done():
+			case <-s.client.quit:
+				err = ErrClosed
+			}
 		}
-		d := s.client.data
-		var lapse <-chan time.Time
-		if deadline != 0 {
-			lapse = time.After(time.Duration(deadline - d.now()))
-		}
-		select {
-		case <-wake:
-			continue
-		case <-lapse:
-			d.leave(key, wake)
-			continue
-		case <-ctx.Done():
-			err = ErrLockHeld
-		case <-s.client.quit:
-			err = ErrClosed
-		}
-		if woken := d.leave(key, wake); woken {
-			d.mu.Lock()
-			d.wakeNext(key) // in place of this one
-			d.mu.Unlock()
+		if s.client != nil {
+			s.client.data.leave(key, wake)
 		}
 		return nil, err
 	}
 }
 
-// leave ends the wait of a waiter. It reports whether it was woken before.
-func (d *memoryData) leave(key string, wake chan struct{}) (woken bool) {
+// leave ends the wait of a waiter, who may have been woken. The next one takes
+// its place.
+func (d *memoryData) leave(key string, wake chan struct{}) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.dropWaiter(key, wake)
-	select {
-	case <-wake:
-		return true
-	default:
-		return false
-	}
+	d.wakeFirst(key)
 }
 
-// wakeNext wakes a waiter, if there is one. The caller holds mu.
-func (d *memoryData) wakeNext(key string) {
+// wakeFirst wakes the first waiter, if there is one. It stays in the queue until
+// it has got the lock or gives up. The caller holds mu.
+func (d *memoryData) wakeFirst(key string) {
 	if waiting := d.waiters[key]; len(waiting) > 0 {
-		next := waiting[0]
-		d.dropWaiter(key, next)
-		next <- struct{}{} // it has room: a queued waiter has not been woken
+		notify(waiting[0])
 	}
 }
 
@@ -759,7 +738,7 @@ func (s *MemoryStore) release(_ context.Context, l *lease) error {
 	}
 	d.lapses.drop(&held.expiring)
 	delete(d.locks, l.key)
-	d.wakeNext(l.key)
+	d.wakeFirst(l.key)
 	return nil
 }
 

@@ -200,7 +200,7 @@ func TestMemoryStoreGetSeesRefreshedKeys(t *testing.T) {
 }
 
 // TestMemoryStoreFollow is about the hook of Follow: what it returns and what it
-// delivers is everything, once, and it ends with its context and its client.
+// delivers is everything, once, and it ends when it is stopped and with its client.
 func TestMemoryStoreFollow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		root := NewMemoryStore()
@@ -209,9 +209,9 @@ func TestMemoryStoreFollow(t *testing.T) {
 			s := root.Client()
 			require.NoError(t, s.Put("k.1", []byte("before"), 0))
 			require.NoError(t, s.Put("k.1", []byte("value"), time.Hour))
-			ctx, cancel := context.WithCancel(context.Background())
-			sub, current, ask, err := s.follow(ctx, pattern)
+			src, err := s.follow(context.Background(), pattern)
 			require.NoError(t, err)
+			sub, current, ask := src.sub, src.current, src.ask
 			require.Equal(t, []*KeyValue{mustGet(t, s, "k.1")}, current)
 			ev, _, ended := sub.next()
 			require.Nil(t, ev)
@@ -235,21 +235,23 @@ func TestMemoryStoreFollow(t *testing.T) {
 			require.Equal(t, "delete k.1", brief(ev))
 			require.False(t, p.asOf.IsZero())
 
-			other, _, _, err := s.follow(context.Background(), pattern)
+			other, err := s.follow(context.Background(), pattern)
 			require.NoError(t, err)
-			cancel()
-			synctest.Wait()
+			src.stop()
 			_, _, ended = sub.next()
-			require.True(t, ended, "its context has")
-			_, _, ended = other.next()
+			require.True(t, ended, "it was stopped")
+			_, _, ended = other.sub.next()
 			require.False(t, ended)
-			_, _, _, err = s.follow(ctx, pattern)
+			ctx, cancel := context.WithCancel(context.Background())
+			cancel()
+			_, err = s.follow(ctx, pattern)
 			require.ErrorIs(t, err, context.Canceled)
 			require.NoError(t, s.Close())
-			_, _, ended = other.next()
+			_, _, ended = other.sub.next()
 			require.True(t, ended, "its client is closed")
 			require.Zero(t, root.client.data.watches.len)
-			_, _, _, err = s.follow(context.Background(), pattern)
+			other.stop()
+			_, err = s.follow(context.Background(), pattern)
 			refuses(t, ErrClosed, err)
 		}
 	})
@@ -289,5 +291,62 @@ func TestMemoryStoreWaitersAreForgotten(t *testing.T) {
 		wg.Wait()
 		require.Equal(t, before, time.Now(), "a release wakes at once")
 		require.Empty(t, s.client.data.waiters)
+	})
+}
+
+// TestMemoryStoreWaitersLearnOfALaterLease: those who wait for the end of a lease
+// get the lock when a later and shorter one has ended.
+func TestMemoryStoreWaitersLearnOfALaterLease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewMemoryStore()
+		defer s.Close()
+		first := mustLock(t, s, "l", time.Hour)
+		began := time.Now()
+		var wg sync.WaitGroup
+		for range 5 {
+			client := s.Client()
+			wg.Go(func() { // it dies as soon as it has the lock
+				_, err := Acquire(context.Background(), client, "l", time.Second)
+				assert.NoError(t, err)
+				assert.NoError(t, client.Close())
+			})
+		}
+		synctest.Wait()
+		require.NoError(t, first.Unlock())
+		wg.Wait()
+		require.Equal(t, 4*time.Second, time.Since(began), "one lease after another")
+	})
+}
+
+// TestMemoryStoreWaiterClosed: a waiter whose client is closed as it is woken
+// leaves its turn to the next one.
+func TestMemoryStoreWaiterClosed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewMemoryStore()
+		defer s.Close()
+		for range 200 {
+			held := mustLock(t, s, "l", time.Hour)
+			began := time.Now()
+			var wg sync.WaitGroup
+			wait := func(client *MemoryStore) {
+				wg.Go(func() {
+					l, err := Acquire(context.Background(), client, "l", time.Hour)
+					if err == nil {
+						err = l.Unlock()
+					}
+					if err != nil {
+						refuses(t, ErrClosed, err)
+					}
+				})
+				synctest.Wait()
+			}
+			closing := s.Client()
+			wait(closing)
+			wait(s)
+			require.NoError(t, held.Unlock())
+			require.NoError(t, closing.Close())
+			wg.Wait()
+			require.Equal(t, began, time.Now())
+		}
 	})
 }

@@ -229,6 +229,9 @@ func (s *NATSStore) begin(verb, key string) (context.Context, error) {
 
 // WithContext implements [Store].
 func (s *NATSStore) WithContext(ctx context.Context) Store {
+	if s == nil {
+		return new(NATSStore)
+	}
 	return &NATSStore{natsCore: s.natsCore, ctx: ctx}
 }
 
@@ -387,10 +390,11 @@ func (s *NATSStore) Watch(pattern string) (<-chan *KeyValue, error) {
 		return nil, s.watchError(pattern, err)
 	}
 	reader := make(chan *KeyValue)
-	s.data.stats.watches.Add(1)
 	if !s.data.start(func() {
+		s.data.stats.watches.Add(1)
+		defer s.data.stats.watches.Add(-1)
+		defer close(reader)
 		w.deliver(reader, ctx.Done(), s.data.life.Done())
-		s.data.stats.watches.Add(-1)
 		s.feeds.leave(f, w)
 	}) {
 		s.feeds.leave(f, w)
@@ -407,37 +411,32 @@ func (s *NATSStore) watchError(pattern string, err error) error {
 	return opError("watch", pattern, err)
 }
 
-// follow implements follower: a watch and a listing in one pass, which costs no
-// more requests than Watch does by itself.
-func (s *NATSStore) follow(ctx context.Context, p pattern) (*subscription, []*KeyValue, func(), error) {
+// follow implements [follower]. It costs no more requests than Watch does.
+func (s *NATSStore) follow(ctx context.Context, p pattern) (*source, error) {
 	if s == nil || s.natsCore == nil {
-		return nil, nil, nil, errUnopened
+		return nil, errUnopened
 	}
 	f, w, err := s.feeds.join(ctx, p, true)
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, err
 	}
 	t := newBudget(ctx)
 	l, err := s.data.list(t, p, true)
-	f.post(func() {
-		switch {
-		case !f.expecting || f.listed || f.listing:
-		case err == nil:
-			f.merge(l)
-		default:
-			f.list()
-		}
-	})
+	f.firstListing(l, err)
 	if err != nil {
 		s.feeds.leave(f, w)
-		return nil, nil, nil, err
+		return nil, err
 	}
 	s.data.stats.watches.Add(1)
-	context.AfterFunc(ctx, func() {
-		s.data.stats.watches.Add(-1)
-		s.feeds.leave(f, w)
-	})
-	return w.subscription, l.entries(s.data, t), func() { f.askProgress(ctx) }, nil
+	return &source{
+		current: l.entries(s.data, t),
+		sub:     w.subscription,
+		ask:     f.askProgress,
+		stop: func() {
+			s.data.stats.watches.Add(-1)
+			s.feeds.leave(f, w)
+		},
+	}, nil
 }
 
 // Lock implements [StateStore]. The lock is a [Fenced]. To take the lock away from
@@ -469,8 +468,7 @@ func (s *NATSStore) beginLock(key string, ttl time.Duration) (context.Context, e
 
 // awaitLock implements lockWaiter.
 func (s *NATSStore) awaitLock(ctx context.Context, key string, ttl time.Duration) (Lock, error) {
-	unbound := NATSStore{natsCore: s.natsCore}
-	if _, err := unbound.beginLock(key, ttl); err != nil {
+	if _, err := s.WithContext(context.Background()).(*NATSStore).beginLock(key, ttl); err != nil {
 		return nil, err
 	}
 	return s.locks.await(ctx, key, ttl)
@@ -495,7 +493,7 @@ func (s *NATSStore) LockHolder(key string) (*LockInfo, error) {
 
 // Stats returns the store's counters. It costs no request.
 func (s *NATSStore) Stats() Stats {
-	if s.natsCore == nil {
+	if s == nil || s.natsCore == nil {
 		return Stats{}
 	}
 	c := &s.data.stats

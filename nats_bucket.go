@@ -38,8 +38,7 @@ type bucket struct {
 	writes atomic.Uint64
 
 	settings atomic.Pointer[settings]
-	state    atomic.Pointer[streamState] // as the leader last had it
-	checking atomic.Bool                 // a check of the settings is under way
+	checking atomic.Bool // a check of the settings is under way
 	clock    serverClock
 	cache    recordCache
 	maxBatch atomic.Int32 // of a consumer's requests, as far as the server has refused more
@@ -60,6 +59,7 @@ type settings struct {
 	checked time.Time
 	epoch   *epoch // of the connection that they came on
 	copies  bool   // mirrors of the stream are known
+	state   *streamState
 }
 
 // A streamConfig is what we look at of a stream's configuration.
@@ -185,12 +185,18 @@ func (b *bucket) noteInfo(info *streamInfo, asked time.Time, e *epoch) error {
 	b.clock.set(timestamp(info.Now.UnixNano()), asked, e)
 	now := &settings{
 		streamConfig: info.config, created: info.Created, checked: asked, epoch: e,
-		copies: len(info.Alternates) > 1,
+		copies: len(info.Alternates) > 1, state: &info.State,
 	}
-	b.state.Store(&info.State)
-	last := b.settings.Swap(now)
+	last := b.settings.Load()
+	for ; last == nil || !last.checked.After(asked); last = b.settings.Load() {
+		if b.settings.CompareAndSwap(last, now) {
+			break
+		}
+	}
 	switch {
 	case last == nil:
+	case last.checked.After(asked):
+		return nil // an answer to a later question has come before
 	case !last.created.Equal(now.created):
 		b.cache.clear()
 		b.log.Warn("state: the bucket was deleted and made anew", "bucket", b.name)

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -19,20 +18,22 @@ const maxPullBytes = 4 << 20
 
 // A consumer reads messages of a bucket in the order of the stream. It lives on
 // one of the stream's servers, in memory, until it is stopped or forgotten.
-//
-// What it sends is put into a mailbox, from which its owner takes it.
 type consumer struct {
 	b     *bucket
 	name  string
 	sub   *nats.Subscription
-	count uint64 // how many messages have been accepted
+	mail  chan *nats.Msg // what the server sends, without a goroutine in between
+	batch int            // the most messages that one request asks for
+	count uint64         // how many messages have been accepted
 	info  consumerInfo
 	live  bool // the server has it
 
-	wake chan struct{} // of one slot: there is mail
-	mu   sync.Mutex    // guards mail
-	mail []*nats.Msg
+	request *nats.Msg // the last one for messages
 }
+
+// statusRoom is how many statuses fit into a consumer's mail beside the messages
+// that it has asked for.
+const statusRoom = 64
 
 type consumerInfo struct {
 	Pending   uint64    `json:"num_pending"`
@@ -57,21 +58,27 @@ type consumerConfig struct {
 	Memory      bool          `json:"mem_storage"`
 }
 
-// consume makes a consumer of the messages on the filter's subjects, from a
-// sequence on or, if that is 0, of the last message of every key and what
-// follows. The server keeps it for life when nobody asks any more. It costs one
-// request.
+// A consumption says what a consumer is to read.
+type consumption struct {
+	filter      string // the subjects
+	from        uint64 // the first sequence; 0 for the last message of every key, and what follows
+	headersOnly bool
+	batch       int           // how many messages may be under way
+	life        time.Duration // how long the server keeps it when nobody asks any more
+}
+
+// consume makes a consumer. It costs one request.
 //
-// The answer comes on the consumer's own subscription: so that one works.
-func (b *bucket) consume(t *retryBudget, filter string, from uint64, headersOnly bool, life time.Duration) (*consumer, error) {
-	c := &consumer{b: b, name: rand.Text(), wake: make(chan struct{}, 1)}
+// The answer comes on the consumer's own subscription, which shows that it works.
+func (b *bucket) consume(t *retryBudget, want consumption) (*consumer, error) {
+	c := &consumer{b: b, name: rand.Text(), batch: want.batch, mail: make(chan *nats.Msg, want.batch+statusRoom)}
 	cfg := consumerConfig{
-		Name: c.name, Deliver: "all", Ack: "none", Replay: "instant", Filter: filter,
-		HeadersOnly: headersOnly, Inactive: life, Replicas: 1, Memory: true,
+		Name: c.name, Deliver: "all", Ack: "none", Replay: "instant", Filter: want.filter,
+		HeadersOnly: want.headersOnly, Inactive: want.life, Replicas: 1, Memory: true,
 	}
 	switch {
-	case from > 0:
-		cfg.Deliver, cfg.StartSeq = "by_start_sequence", from
+	case want.from > 0:
+		cfg.Deliver, cfg.StartSeq = "by_start_sequence", want.from
 	case b.settings.Load().PerKey != 1:
 		cfg.Deliver = "last_per_subject"
 	}
@@ -79,10 +86,9 @@ func (b *bucket) consume(t *retryBudget, filter string, from uint64, headersOnly
 	if err != nil {
 		return nil, err
 	}
-	if c.sub, err = b.nc.Subscribe(b.nc.NewInbox(), c.receive); err != nil {
+	if c.sub, err = b.nc.ChanSubscribe(b.nc.NewInbox(), c.mail); err != nil {
 		return nil, err
 	}
-	_ = c.sub.SetPendingLimits(-1, -1)
 	err = c.create(t, e, cfg)
 	if apiCode(err) == codeInactiveLimit {
 		cfg.Inactive = 0 // the stream has a limit, and that is its default
@@ -127,64 +133,19 @@ func (c *consumer) create(t *retryBudget, e *epoch, cfg consumerConfig) error {
 
 // ask makes a request that is answered on the consumer's own subscription.
 func (c *consumer) ask(t *retryBudget, e *epoch, subject string, data []byte) (*nats.Msg, error) {
-	w := waiter{r: c.b.requester, t: t, subject: subject, first: time.Now(), sent: time.Now()}
 	msg := &nats.Msg{Subject: subject, Reply: c.sub.Subject, Data: data}
 	if err := c.b.publish(msg); err != nil {
 		return nil, err
 	}
 	timer := time.NewTimer(checkInterval)
 	defer timer.Stop()
+	w := newWaiter(c.b.requester, t, e, msg, repeatable, timer)
 	for {
-		for _, answer := range c.take() {
-			if answer.Reply == "" {
-				return answer, nil
-			}
-		}
-		select {
-		case <-c.wake:
-		case <-timer.C:
-			switch w.check(repeatable) {
-			case giveUp:
-				return nil, c.b.explain(errNoAnswer, subject)
-			case repeatNow:
-				_ = c.b.publish(msg)
-			}
-			timer.Reset(checkInterval)
-		case <-e.over:
-			return nil, nats.ErrDisconnected
-		case <-t.ctx.Done():
-			return nil, t.ctx.Err()
-		case <-c.b.life.Done():
-			return nil, ErrClosed
+		answer, err := await(&w, c.mail)
+		if err != nil || answer.Reply == "" {
+			return answer, err
 		}
 	}
-}
-
-// receive puts what the server sends into the mailbox.
-func (c *consumer) receive(msg *nats.Msg) {
-	c.mu.Lock()
-	c.mail = append(c.mail, msg)
-	c.mu.Unlock()
-	select {
-	case c.wake <- struct{}{}:
-	default:
-	}
-}
-
-// take empties the mailbox.
-func (c *consumer) take() []*nats.Msg {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	mail := c.mail
-	c.mail = nil
-	return mail
-}
-
-// hasMail reports whether there is something to take.
-func (c *consumer) hasMail() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return len(c.mail) > 0
 }
 
 // A pullRequest asks a consumer for messages.
@@ -199,6 +160,7 @@ type pullRequest struct {
 // pull asks for messages, of which the server may allow fewer at a time. It
 // returns how many it asked for.
 func (c *consumer) pull(req pullRequest) (int, error) {
+	req.Batch = min(req.Batch, c.batch)
 	if most := int(c.b.maxBatch.Load()); most > 0 {
 		req.Batch = min(req.Batch, most)
 	}
@@ -210,8 +172,8 @@ func (c *consumer) pull(req pullRequest) (int, error) {
 	if !c.b.nc.IsConnected() {
 		return 0, nats.ErrDisconnected
 	}
-	c.b.stats.requests.Add(1)
-	return req.Batch, c.b.nc.PublishRequest(c.b.api+"CONSUMER.MSG.NEXT."+c.b.stream+"."+c.name, c.sub.Subject, data)
+	c.request = &nats.Msg{Subject: c.b.api + "CONSUMER.MSG.NEXT." + c.b.stream + "." + c.name, Reply: c.sub.Subject, Data: data}
+	return req.Batch, c.b.publish(c.request)
 }
 
 // A status is what the server sends in place of a message.

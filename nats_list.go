@@ -175,7 +175,8 @@ func (b *bucket) listOnce(t *retryBudget, p pattern, info *streamInfo, values bo
 	headersOnly := !values && !small
 	began := time.Now()
 	e, _ := b.current()
-	c, err := b.consume(t, filter, 0, headersOnly, listLife)
+	batch := int(min(info.State.Messages+1, listBatch))
+	c, err := b.consume(t, consumption{filter: filter, headersOnly: headersOnly, batch: batch, life: listLife})
 	if err != nil {
 		return nil, err
 	}
@@ -184,53 +185,55 @@ func (b *bucket) listOnce(t *retryBudget, p pattern, info *streamInfo, values bo
 		return nil, nil
 	}
 	all = make([]listed, 0, c.info.Pending)
+	timer := time.NewTimer(checkInterval)
+	defer timer.Stop()
 
 	for waits := 0; ; {
-		asked, err := c.pull(pullRequest{Batch: listBatch, NoWait: true, Expires: opTimeout, Heartbeat: listHeartbeat})
+		asked, err := c.pull(pullRequest{Batch: batch, NoWait: true, Expires: opTimeout, Heartbeat: listHeartbeat})
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", errStartOver, err)
 		}
 		got, st, pulled := 0, status{}, time.Now()
 		for got < asked && st.code == "" {
-			mail, err := c.await(t, e)
+			msg, err := c.next(t, e, timer)
 			if err != nil {
 				return nil, err
 			}
-			for _, msg := range mail {
-				var d delivery
-				if d, st, err = c.accept(msg); err != nil {
-					return nil, fmt.Errorf("%w: %w", errStartOver, err)
+			var d delivery
+			if d, st, err = c.accept(msg); err != nil {
+				return nil, fmt.Errorf("%w: %w", errStartOver, err)
+			}
+			switch {
+			case st.code == "0":
+				st.code = ""
+			case st.ended && st.unsent == 0 && got == 0:
+				st.code = "" // the request before this one has brought all of it
+			case st.code == "100" && got > 0:
+				st.code = "" // the next message takes its time
+			case st.code == "100" && last < upTo:
+				// The replica lags: the request waits on for what is missing.
+				if waits++; waits > 40 {
+					return nil, fmt.Errorf("%w: a replica lags", errStartOver)
 				}
-				switch {
-				case st.code == "0":
-					st.code = ""
-				case st.code == "100" && got > 0:
-					st.code = "" // the next message takes its time
-				case st.code == "100" && last < upTo:
-					// The replica lags: the request waits on for what is missing.
-					if waits++; waits > 40 {
-						return nil, fmt.Errorf("%w: a replica lags", errStartOver)
-					}
-					st.code = ""
-				case st.code == "":
-					got, last = got+1, d.seq
-					if key, ok := b.key(p, msg.Subject); ok {
-						rec := decode(msg.Header, msg.Data, d.seq, d.written, info.config.MaxAge)
-						if headersOnly && !appended(msg, "Nats-Msg-Size") {
-							// With the header that the server adds it reads otherwise
-							// than as it was stored.
-							if rec, err = b.leaderRecord(t, key); err != nil {
-								return nil, err
-							}
-							if rec.revision == 0 {
-								continue
-							}
+				st.code = ""
+			case st.code == "":
+				got, last = got+1, d.seq
+				if key, ok := b.key(p, msg.Subject); ok {
+					rec := decode(msg.Header, msg.Data, d.seq, d.written, info.config.MaxAge)
+					if headersOnly && !appended(msg, "Nats-Msg-Size") {
+						// With the header that the server adds it reads otherwise
+						// than as it was stored.
+						if rec, err = b.leaderRecord(t, key); err != nil {
+							return nil, err
 						}
-						if !values {
-							rec.value = nil
+						if rec.revision == 0 {
+							continue
 						}
-						all = append(all, listed{key, rec})
 					}
+					if !values {
+						rec.value = nil
+					}
+					all = append(all, listed{key, rec})
 				}
 			}
 		}
@@ -254,35 +257,24 @@ func (b *bucket) listOnce(t *retryBudget, p pattern, info *streamInfo, values bo
 	}
 }
 
-// await returns the consumer's next mail.
-func (c *consumer) await(t *retryBudget, e *epoch) ([]*nats.Msg, error) {
-	if mail := c.take(); len(mail) > 0 {
-		return mail, nil
+// next returns the next message of a request, or a status. Its error wraps
+// errStartOver unless the caller or the store has ended the call.
+func (c *consumer) next(t *retryBudget, e *epoch, timer *time.Timer) (*nats.Msg, error) {
+	select {
+	case msg := <-c.mail:
+		return msg, nil
+	default:
 	}
-	w := waiter{r: c.b.requester, t: t, subject: c.name, first: time.Now(), sent: time.Now()}
-	timer := time.NewTimer(checkInterval)
-	defer timer.Stop()
-	for {
-		select {
-		case <-c.wake:
-			if mail := c.take(); len(mail) > 0 {
-				t.progress()
-				t.begun = time.Now() // however long the listing is
-				return mail, nil
-			}
-		case <-timer.C:
-			if w.check(once) == giveUp {
-				return nil, fmt.Errorf("%w: %w", errStartOver, errNoAnswer)
-			}
-			timer.Reset(checkInterval)
-		case <-e.over:
-			return nil, fmt.Errorf("%w: %w", errStartOver, nats.ErrDisconnected)
-		case <-t.ctx.Done():
-			return nil, t.ctx.Err()
-		case <-c.b.life.Done():
-			return nil, ErrClosed
-		}
+	w := newWaiter(c.b.requester, t, e, c.request, once, timer)
+	msg, err := await(&w, c.mail)
+	switch {
+	case err == nil:
+		t.progress()
+		t.begun = time.Now() // however long the listing is
+	case c.b.ended(t) == nil:
+		err = fmt.Errorf("%w: %w", errStartOver, err)
 	}
+	return msg, err
 }
 
 // keys returns the keys that exist and match the pattern, sorted.

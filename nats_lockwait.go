@@ -32,6 +32,7 @@ type lockWaits struct {
 // guarded by the mutex of lockWaits.
 type lockQueue struct {
 	waiters []chan struct{} // each is closed when its turn comes
+	held    bool            // the first one has last found the lock held; guarded by the mutex of lockWaits
 	sub     *nats.Subscription
 	heard   chan struct{} // of one slot: something below is new
 
@@ -42,6 +43,20 @@ type lockQueue struct {
 	crowd    int        // and how many after the releases before, at least
 	refresh  string     // who refreshed the lease
 	until    time.Time  // and until when, by that
+}
+
+// found notes whether the first waiter has found the lock held.
+func (w *lockWaits) found(q *lockQueue, held bool) {
+	w.mu.Lock()
+	q.held = held
+	w.mu.Unlock()
+}
+
+// seesHeld reports whether the first waiter has last found the lock held.
+func (w *lockWaits) seesHeld(q *lockQueue) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return q.held
 }
 
 // released says that this process has released a lock.
@@ -58,10 +73,7 @@ func (q *lockQueue) note(change func()) {
 	q.mu.Lock()
 	change()
 	q.mu.Unlock()
-	select {
-	case q.heard <- struct{}{}:
-	default:
-	}
+	notify(q.heard)
 }
 
 // hear notes what is published to the lock's subject, on its way to the bucket,
@@ -99,7 +111,10 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 	select {
 	case <-turn:
 	case <-ctx.Done():
-		return nil, ErrLockHeld // the one before us is still waiting
+		if s.waits.seesHeld(q) {
+			return nil, ErrLockHeld
+		}
+		return nil, opError("lock", key, ctx.Err())
 	case <-s.data.life.Done():
 		return nil, ErrClosed
 	}
@@ -125,9 +140,11 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 			return l.handOver()
 		case err == ErrLockHeld:
 			held, look = true, true
+			s.waits.found(q, true)
 		case ctx.Err() != nil && held:
 			return nil, ErrLockHeld
 		default:
+			s.waits.found(q, false)
 			return nil, s.data.wrote("lock", key, err)
 		}
 		if err := s.sleep(ctx, q, holder, time.Since(asked)); err != nil {
@@ -151,9 +168,13 @@ func (s *natsLocks) releasedHere(key string) bool {
 func (s *natsLocks) sleep(ctx context.Context, q *lockQueue, holder record, trip time.Duration) error {
 	owner := holderOf(holder.op)
 	until := time.Now().Add(time.Duration(holder.deadline - s.lockClock()))
-	if holder.deadline == 0 {
+	switch {
+	case holder.deleted:
+		until = time.Now().Add(yieldFor) // it was free, and somebody else was faster
+	case holder.deadline == 0:
 		until = time.Now().Add(time.Hour)
 	}
+	e, _ := s.data.current()
 	jitter := rand.N(lockJitter + 2*trip + q.spread())
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -181,6 +202,8 @@ func (s *natsLocks) sleep(ctx context.Context, q *lockQueue, holder record, trip
 		case <-q.heard:
 		case <-timer.C:
 			return nil
+		case <-e.over:
+			return nil // what happens while the connection is down is not heard
 		case <-ctx.Done():
 			return ErrLockHeld
 		case <-s.data.life.Done():

@@ -392,45 +392,24 @@ func (r *requester) do(t *retryBudget, msg *nats.Msg, rep repetition) (answer *n
 	x := r.expect()
 	defer r.forget(x)
 	msg.Reply = x.reply
-	now := time.Now()
 	if t.sent.IsZero() {
-		t.sent = now
+		t.sent = time.Now()
 	}
 	if err := r.publish(msg); err != nil {
 		return nil, !refusedHere(err), err
 	}
-	w := waiter{r: r, t: t, subject: msg.Subject, sent: now, first: now}
-	x.timer.Reset(checkInterval)
-	for copies := 1; ; {
-		select {
-		case answer := <-x.answer:
-			if noResponders(answer) {
-				if copies--; copies > 0 {
-					continue // the other one may be answered
-				}
-				return nil, false, nats.ErrNoResponders
-			}
+	w := newWaiter(r, t, e, msg, rep, x.timer)
+	for {
+		answer, err := await(&w, x.answer)
+		if err != nil {
+			return nil, true, err
+		}
+		if !noResponders(answer) {
 			t.progress()
 			return answer, true, nil
-		case <-x.timer.C:
-			switch w.check(rep) {
-			case giveUp:
-				return nil, true, r.explain(errNoAnswer, msg.Subject)
-			case repeatNow:
-				if r.publish(msg) == nil {
-					copies++
-				}
-			}
-			x.timer.Reset(checkInterval)
-		case <-e.over:
-			if _, status := r.current(); status == nats.CLOSED {
-				return nil, true, nats.ErrConnectionClosed
-			}
-			return nil, true, nats.ErrDisconnected
-		case <-t.ctx.Done():
-			return nil, true, t.ctx.Err()
-		case <-r.life.Done():
-			return nil, true, ErrClosed
+		}
+		if w.copies--; w.copies == 0 { // else another copy may be answered
+			return nil, false, nats.ErrNoResponders
 		}
 	}
 }
@@ -450,27 +429,17 @@ func (r *requester) doMany(t *retryBudget, msg *nats.Msg, most int, last func(*n
 	if err := r.publish(msg); err != nil {
 		return nil, err
 	}
-	w := waiter{r: r, t: t, subject: msg.Subject, sent: time.Now(), first: time.Now()}
 	timer := time.NewTimer(checkInterval)
 	defer timer.Stop()
+	w := newWaiter(r, t, e, msg, once, timer)
 	for answers := []*nats.Msg(nil); ; {
-		select {
-		case answer := <-x.answer:
-			t.progress()
-			if answers = append(answers, answer); last(answer) || len(answers) == most {
-				return answers, nil
-			}
-		case <-timer.C:
-			if w.check(once) == giveUp {
-				return nil, r.explain(errNoAnswer, msg.Subject)
-			}
-			timer.Reset(checkInterval)
-		case <-e.over:
-			return nil, nats.ErrDisconnected
-		case <-t.ctx.Done():
-			return nil, t.ctx.Err()
-		case <-r.life.Done():
-			return nil, ErrClosed
+		answer, err := await(&w, x.answer)
+		if err != nil {
+			return nil, err
+		}
+		t.progress()
+		if answers = append(answers, answer); last(answer) || len(answers) == most {
+			return answers, nil
 		}
 	}
 }
@@ -510,16 +479,58 @@ func statusOf(msg *nats.Msg) string {
 	return msg.Header.Get("Status")
 }
 
-// A waiter decides what to do about an answer that does not come.
+// A waiter waits for what a request brings, and decides what to do about it if
+// nothing comes.
 type waiter struct {
-	r       *requester
-	t       *retryBudget
-	subject string
-	first   time.Time // when the request was sent
-	sent    time.Time // and when the last time
-	heard   time.Time // since when the answer is known not to be on its way; zero until then
-	in      uint64    // messages that had come in by the last check
-	seen    bool      // in is known
+	r      *requester
+	t      *retryBudget
+	epoch  *epoch
+	msg    *nats.Msg // the request
+	rep    repetition
+	timer  *time.Timer
+	copies int       // how often the request was sent
+	first  time.Time // when it was sent first
+	sent   time.Time // and when last
+	heard  time.Time // since when the answer is known not to be on its way; zero until then
+	in     uint64    // messages that had come in by the last check
+	seen   bool      // in is known
+}
+
+// newWaiter returns the waiter for a request that was just sent. It uses the
+// timer, which the caller stops.
+func newWaiter(r *requester, t *retryBudget, e *epoch, msg *nats.Msg, rep repetition, timer *time.Timer) waiter {
+	now := time.Now()
+	timer.Reset(checkInterval)
+	return waiter{r: r, t: t, epoch: e, msg: msg, rep: rep, timer: timer, copies: 1, first: now, sent: now}
+}
+
+// await returns what arrives next, or why nothing will.
+func await[T any](w *waiter, arrivals <-chan T) (arrival T, err error) {
+	for {
+		select {
+		case arrival := <-arrivals:
+			return arrival, nil
+		case <-w.timer.C:
+			switch w.check() {
+			case giveUp:
+				return arrival, w.r.explain(errNoAnswer, w.msg.Subject)
+			case repeatNow:
+				if w.r.publish(w.msg) == nil {
+					w.copies++
+				}
+			}
+			w.timer.Reset(checkInterval)
+		case <-w.epoch.over:
+			if w.r.nc.IsClosed() {
+				return arrival, nats.ErrConnectionClosed
+			}
+			return arrival, nats.ErrDisconnected
+		case <-w.t.ctx.Done():
+			return arrival, w.t.ctx.Err()
+		case <-w.r.life.Done():
+			return arrival, ErrClosed
+		}
+	}
 }
 
 type verdict int
@@ -532,12 +543,12 @@ const (
 
 // check looks whether the answer may be on its way: a ping that was sent after
 // the request is answered behind everything that the server had sent before.
-func (w *waiter) check(rep repetition) verdict {
+func (w *waiter) check() verdict {
 	now := time.Now()
 	in := w.r.nc.Stats().InMsgs
 	moving := w.seen && in != w.in
 	w.in, w.seen = in, true
-	w.r.slow(w.t, w.first, "state: a request is not answered", w.subject)
+	w.r.slow(w.t, w.first, "state: a request is not answered", w.msg.Subject)
 	if w.heard.IsZero() {
 		if w.heard = w.r.heardSince(w.sent); w.heard.Sub(w.sent) > repeatInterval {
 			w.t.progress() // the link was slow until then
@@ -547,14 +558,14 @@ func (w *waiter) check(rep repetition) verdict {
 		// It is not on its way; it is late, or lost.
 		quiet := now.Sub(w.heard)
 		switch {
-		case rep == repeatable && now.Sub(w.sent) >= repeatInterval && quiet >= repeatInterval/3 && w.r.elections():
+		case w.rep == repeatable && now.Sub(w.sent) >= repeatInterval && quiet >= repeatInterval/3 && w.r.elections():
 			if w.t.left() <= minAttempt {
 				return giveUp
 			}
 			w.sent, w.heard = now, time.Time{}
-			w.r.retrying(w.t, w.subject)
+			w.r.retrying(w.t, w.msg.Subject)
 			return repeatNow
-		case rep == resolvable && now.Sub(w.sent) >= ackTimeout && quiet >= ackTimeout/2:
+		case w.rep == resolvable && now.Sub(w.sent) >= ackTimeout && quiet >= ackTimeout/2:
 			return giveUp
 		}
 	} else if moving {

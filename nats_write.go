@@ -96,7 +96,7 @@ func (b *bucket) evenIfFull(t *retryBudget, m mutation, base record, err error) 
 		UpTo   uint64 `json:"seq"`
 	}{b.prefix + m.key, base.revision + 1}
 	if err := b.streamCall(t, "STREAM.PURGE", b.stream, purge, nil); err != nil {
-		return fmt.Errorf("%w: %w", ErrStoreFull, err)
+		return fmt.Errorf("purge a key of a full bucket: %w", err)
 	}
 	b.cache.forget(m.key)
 	return nil
@@ -207,13 +207,20 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 			b.cache.wrote(m.key, next, pre)
 			return next, nil
 
-		case conflicting, busy:
-			if inDoubt == nil && o == conflicting {
-				b.stats.conflicts.Add(1)
-				b.cache.contest(m.key, true)
-				return record{}, errMoved
+		case refused:
+			return record{}, unknownIf(inDoubt, err)
+
+		case conflicting:
+			if inDoubt == nil {
+				return record{}, b.moved(m.key)
 			}
-			// The write that is in the way may be our own, earlier attempt.
+			// What is in the way may be our own, earlier attempt.
+
+		case busy:
+			// So may the write that is under way.
+
+		case lost:
+			inDoubt = err
 
 		case unavailable:
 			// Nobody took it. Is the bucket gone, or is nobody leading it?
@@ -237,39 +244,18 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 				return record{}, unknownIf(inDoubt, err)
 			}
 			if known := b.cache.recall(m.key); known.revision < base.revision {
-				return record{}, b.moved(inDoubt) // it was made anew
+				return record{}, unknownIf(inDoubt, errMoved) // the bucket was created again
 			}
 			continue
-
-		case refused:
-			return record{}, unknownIf(inDoubt, err)
-
-		case lost:
-			inDoubt = err
 		}
 
-		// An attempt may have been stored. Look at what is there.
-		if inDoubt != nil || o == busy {
-			found, err := b.leaderLast(t, m.key)
-			switch {
-			case errors.Is(err, jetstream.ErrBucketNotFound):
-				return record{}, err // whatever became of it, it is gone
-			case err != nil:
-				return record{}, unknownIf(inDoubt, err)
-			case found.op == m.op:
-				b.cache.learn(m.key, found)
-				return found, nil
-			case inDoubt == nil && found.revision != base.revision:
-				b.stats.conflicts.Add(1)
-				b.cache.contest(m.key, true)
-				return record{}, errMoved
-			case inDoubt != nil && (pre == always || found.revision != base.revision || m.ttl > 0 && time.Since(began) >= m.ttl):
-				// It may have been replaced, or have expired, or be under way.
-				b.cache.learn(m.key, found)
-				return record{}, unknownIf(inDoubt, nil)
-			}
-			// Nothing has changed: another attempt on the same revision can only
-			// be stored if no earlier one ever is.
+		found, err := b.lookForWrite(t, m, base)
+		switch {
+		case err == nil:
+			return found, nil
+		case err == errUnchanged && (inDoubt == nil || pre == ifUnchanged && (m.ttl == 0 || time.Since(began) < m.ttl)):
+			// Another attempt on the same revision can only be stored if no
+			// earlier one ever is.
 			if !t.wait(b.life) {
 				if err = b.ended(t); err == nil {
 					err = errBusy
@@ -277,19 +263,49 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 				return record{}, unknownIf(inDoubt, err)
 			}
 			b.retrying(t, msg.Subject)
+		case err == errUnchanged:
+			// An earlier attempt may be under way, or have expired.
+			return record{}, unknownIf(inDoubt, nil)
+		case err == errMoved && inDoubt == nil:
+			return record{}, b.moved(m.key)
+		case errors.Is(err, jetstream.ErrBucketNotFound):
+			return record{}, err // whatever became of it, it is gone
+		default:
+			return record{}, unknownIf(inDoubt, err)
 		}
 	}
 }
 
-var errBusy = errors.New("another write to the key is under way, and does not end")
+// errUnchanged is the error of lookForWrite where the base is still the last
+// record.
+var errUnchanged = errors.New("the write was not stored yet")
 
-// moved is the error of a write whose base is gone.
-func (b *bucket) moved(inDoubt error) error {
-	if inDoubt != nil {
-		return unknownIf(inDoubt, nil)
+// lookForWrite looks for a write of which an attempt may have been stored. It
+// returns the record that the write has left, errUnchanged if base is still the
+// key's last record, or errMoved if another one is: that may have replaced ours.
+func (b *bucket) lookForWrite(t *retryBudget, m mutation, base record) (record, error) {
+	found, err := b.leaderLast(t, m.key)
+	switch {
+	case err != nil:
+		return record{}, err
+	case found.op == m.op:
+		b.cache.learn(m.key, found)
+		return found, nil
+	case found.revision == base.revision:
+		return record{}, errUnchanged
 	}
+	b.cache.learn(m.key, found)
+	return record{}, errMoved
+}
+
+// moved counts a write that came too late, and returns its error.
+func (b *bucket) moved(key string) error {
+	b.stats.conflicts.Add(1)
+	b.cache.contest(key, true)
 	return errMoved
 }
+
+var errBusy = errors.New("another write to the key is under way, and does not end")
 
 // unknownIf returns err, unless an earlier attempt is in doubt: then the write's
 // outcome is unknown.
@@ -389,13 +405,14 @@ func (b *bucket) send(t *retryBudget, msg *nats.Msg, pre precondition) (seq uint
 
 // refusal classifies the server's reason for not storing a message.
 func refusal(e *jetstream.APIError) (outcome, error) {
+	if passing(e) {
+		return unavailable, e
+	}
 	switch e.ErrorCode {
 	case codeWrongSequence:
 		return conflicting, e
 	case codeWriteInFlight:
 		return busy, e
-	case codeUnavailable, codeTooManyPending, codeOffline, codeStreamOffline:
-		return unavailable, e
 	case codeNoMessageTTL, codeNoRollup:
 		return unfit, e
 	case codeTooLarge:

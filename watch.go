@@ -154,17 +154,19 @@ func (s *subscription) end() {
 	s.wakeUp()
 }
 
-func (s *subscription) wakeUp() {
+func (s *subscription) wakeUp() { notify(s.wake) }
+
+// notify fills a channel of one slot, which says that something is new.
+func notify(c chan struct{}) {
 	select {
-	case s.wake <- struct{}{}:
-	default: // it is awake already
+	case c <- struct{}{}:
+	default: // that has been said
 	}
 }
 
 // deliver hands the events to reader until done or quit is closed, or until the
-// subscription has ended and is empty. Then it closes reader.
+// subscription has ended and is empty.
 func (s *subscription) deliver(reader chan<- *KeyValue, done, quit <-chan struct{}) {
-	defer close(reader)
 	for {
 		ev, _, ended := s.next()
 		if ev == nil {

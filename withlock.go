@@ -124,8 +124,12 @@ func pollLock(ctx context.Context, store StateStore, key string, ttl time.Durati
 func lockWithin(ctx context.Context, store Store, key string, ttl time.Duration) (Lock, error) {
 	call, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, cancel)
-	defer stop()
-	return store.WithContext(call).Lock(key, ttl)
+	lock, err := store.WithContext(call).Lock(key, ttl)
+	if !stop() && err == nil {
+		_ = lock.Unlock() // its Refresh is bound to a context that has ended
+		return nil, opError("lock", key, ctx.Err())
+	}
+	return lock, err
 }
 
 // validUntil returns until when a lock can be counted on, by the local clock; zero

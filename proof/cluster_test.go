@@ -32,6 +32,7 @@ type cluster struct {
 	routes map[[2]int]*proxy // from a node to another
 	admin  *nats.Conn        // to all servers, and through no proxy
 
+	account  *account        // that all clients log in to; nil if they need not
 	distance func() distance // of the next client; nil for none
 	options  func() []nats.Option
 
@@ -44,6 +45,7 @@ type cluster struct {
 type node struct {
 	name   string
 	conf   string // the configuration file
+	fixed  string // the part of it that stays as it is
 	binary string // empty for a server in this process
 	addr   string // for clients
 
@@ -104,7 +106,13 @@ var binaryDir string
 // and stops them when the test ends.
 func startCluster(t testing.TB, size int, processes bool) *cluster {
 	t.Helper()
-	c := &cluster{routes: map[[2]int]*proxy{}}
+	return startClusterWith(t, size, processes, nil)
+}
+
+// startClusterWith is startCluster with an account.
+func startClusterWith(t testing.TB, size int, processes bool, a *account) *cluster {
+	t.Helper()
+	c := &cluster{routes: map[[2]int]*proxy{}, account: a}
 	t.Cleanup(c.stop)
 	must := func(err error) {
 		t.Helper()
@@ -145,7 +153,8 @@ func startCluster(t testing.TB, size int, processes bool) *cluster {
 			conf += fmt.Sprintf("cluster { name: proof, listen: \"127.0.0.1:%d\", no_advertise: true, advertise: \"127.0.0.1:1\", pool_size: -1, routes: [%s] }\n",
 				ports[size+i], strings.Join(routes, ", "))
 		}
-		must(os.WriteFile(n.conf, []byte(conf), 0o600))
+		n.fixed = conf
+		must(n.configure(a))
 		c.nodes = append(c.nodes, n)
 	}
 	urls := make([]string, size)
@@ -156,7 +165,8 @@ func startCluster(t testing.TB, size int, processes bool) *cluster {
 	deadline := time.Now().Add(30 * time.Second)
 	for c.admin == nil {
 		c.admin, err = nats.Connect(strings.Join(urls, ","), nats.MaxReconnects(-1), nats.ReconnectWait(20*time.Millisecond),
-			nats.IgnoreDiscoveredServers(), nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}))
+			nats.IgnoreDiscoveredServers(), nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}),
+			nats.UserInfo("admin", "admin"))
 		if err != nil && time.Now().After(deadline) {
 			t.Fatal(err)
 		}
@@ -304,6 +314,9 @@ func (c *cluster) connect() (*client, error) {
 	}
 	if number%2 == 0 { // some notice a dead link soon, some do not
 		opts = append(opts, nats.PingInterval(500*time.Millisecond))
+	}
+	if c.account != nil {
+		opts = append(opts, nats.UserInfoHandler(c.account.login), nats.IgnoreAuthErrorAbort())
 	}
 	if c.options != nil {
 		opts = append(opts, c.options()...)

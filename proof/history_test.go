@@ -1,6 +1,7 @@
 package proof
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"slices"
@@ -355,7 +356,7 @@ func smallest(model porcupine.Model, ops []porcupine.Operation, limit time.Durat
 	limit = min(limit, 2*time.Second)
 	end := time.Now().Add(20 * time.Second)
 	ops = slices.Clone(ops)
-	slices.SortFunc(ops, func(x, y porcupine.Operation) int { return int(x.Call/1000 - y.Call/1000) })
+	slices.SortFunc(ops, func(x, y porcupine.Operation) int { return cmp.Compare(x.Call, y.Call) })
 	// A prefix first: what was called later does not matter to what is wrong
 	// already, as long as all that was called before is there.
 	lo, hi := 0, len(ops)
@@ -401,7 +402,7 @@ func idle(op porcupine.Operation, others []porcupine.Operation) bool {
 
 // script writes a history down, in the order of the calls.
 func script(model porcupine.Model, ops []porcupine.Operation) string {
-	slices.SortFunc(ops, func(x, y porcupine.Operation) int { return int(x.Call/1000 - y.Call/1000) })
+	slices.SortFunc(ops, func(x, y porcupine.Operation) int { return cmp.Compare(x.Call, y.Call) })
 	text := ""
 	for _, op := range ops {
 		ret := "never"
@@ -417,7 +418,7 @@ func script(model porcupine.Model, ops []porcupine.Operation) string {
 // tokens grow.
 func (v *verdict) checkGrants(name string, grants []*grant) {
 	grants = slices.Clone(grants)
-	slices.SortFunc(grants, func(x, y *grant) int { return int(x.ret/1000 - y.ret/1000) })
+	slices.SortFunc(grants, func(x, y *grant) int { return cmp.Compare(x.ret, y.ret) })
 	for i, g := range grants {
 		for _, next := range grants[i+1:] {
 			if next.ret < g.until && next.ret < next.until {

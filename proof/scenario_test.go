@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -18,8 +19,10 @@ import (
 // A scenario is a load on a kind of store, with what goes wrong meanwhile.
 type scenario struct {
 	name      string
-	servers   int // 0 for MemoryStore
+	servers   int  // 0 for MemoryStore
+	chaos     bool // package statetest has its faults happen to all stores, in a bubble
 	processes bool
+	account   bool                            // clients log in to an account
 	fault     func(context.Context, *trouble) // nil for none
 	distance  func() distance                 // between a client and its servers; nil for none
 	options   func() []nats.Option            // of a client's connection
@@ -260,45 +263,32 @@ func (sc scenario) run(t *testing.T, d time.Duration) (r result) {
 	t.Helper()
 	var l *load
 	var f *trouble
-	if sc.servers == 0 {
+	switch {
+	case sc.chaos:
+		synctest.Test(t, func(t *testing.T) {
+			c := newChaos()
+			l = c.load
+			sc.work(t, l, nil, 60*d) // which takes little time in a bubble
+			r.faults = c.faults()
+		})
+	case sc.servers == 0:
 		s := state.NewMemoryStore()
 		defer s.Close()
 		again := func() (state.Store, error) { return s.Client(), nil }
 		l = newLoad(func() (state.Store, func() (state.Store, error), error) { return s.Client(), again, nil })
 		l.pace = 100 * time.Microsecond
 		l.epoch = 100 * time.Millisecond
-	} else {
-		c := startCluster(t, sc.servers, sc.processes)
+		sc.work(t, l, nil, d)
+	default:
+		var a *account
+		if sc.account {
+			a = usual()
+		}
+		c := startClusterWith(t, sc.servers, sc.processes, a)
 		c.distance, c.options = sc.distance, sc.options
 		l = newLoad(func() (state.Store, func() (state.Store, error), error) { return c.open("proof") })
 		f = &trouble{cluster: c, load: l, streams: []string{"KV_proof", "KV_proof-locks"}}
-	}
-	l.quiet = sc.fault == nil
-	if sc.adjust != nil {
-		sc.adjust(l)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	var wg sync.WaitGroup
-	err := l.run(ctx, func() {
-		time.AfterFunc(d, cancel)
-		if sc.beside != nil {
-			wg.Go(func() { sc.beside(ctx, f) })
-		}
-		if sc.fault == nil {
-			return
-		}
-		wg.Go(func() {
-			sleep(ctx, time.Second)
-			for ctx.Err() == nil {
-				sc.fault(ctx, f)
-				sleep(ctx, between(300*time.Millisecond, 2*time.Second))
-			}
-		})
-	})
-	wg.Wait()
-	if err != nil {
-		t.Errorf("%s: %v", sc.name, err)
+		sc.work(t, l, f, d)
 	}
 	var windows []window
 	if f != nil {
@@ -331,6 +321,38 @@ func (sc scenario) run(t *testing.T, d time.Duration) (r result) {
 	return r
 }
 
+// work has the load work for a while, and faults happen to it.
+func (sc scenario) work(t *testing.T, l *load, f *trouble, d time.Duration) {
+	t.Helper()
+	l.quiet = sc.fault == nil && !sc.chaos
+	if sc.adjust != nil {
+		sc.adjust(l)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var wg sync.WaitGroup
+	err := l.run(ctx, func() {
+		time.AfterFunc(d, cancel)
+		if sc.beside != nil {
+			wg.Go(func() { sc.beside(ctx, f) })
+		}
+		if sc.fault == nil {
+			return
+		}
+		wg.Go(func() {
+			sleep(ctx, time.Second)
+			for ctx.Err() == nil {
+				sc.fault(ctx, f)
+				sleep(ctx, between(300*time.Millisecond, 2*time.Second))
+			}
+		})
+	})
+	wg.Wait()
+	if err != nil {
+		t.Errorf("%s: %v", sc.name, err)
+	}
+}
+
 // explain shows when there were faults, and what was done to the locks that are
 // spoken of.
 func (l *load) explain(t *testing.T, broken []string, f *trouble) {
@@ -355,6 +377,7 @@ func (l *load) explain(t *testing.T, broken []string, f *trouble) {
 
 var scenarios = []scenario{
 	{name: "memory"},
+	{name: "memory-chaos", chaos: true},
 	{name: "one-server", servers: 1},
 	{name: "one-server-far", servers: 1, distance: far, adjust: atADistance},
 	{name: "one-server-narrow", servers: 1, distance: narrow, adjust: func(l *load) {
@@ -368,6 +391,11 @@ var scenarios = []scenario{
 	{name: "one-server-numbers", servers: 1, beside: numbers, adjust: func(l *load) { l.keys, l.lockers = 2, 2 }},
 	{name: "one-server-operators", servers: 1, fault: operate(
 		raiseHistory, setMaxAge, mirror, stepBack), adjust: func(l *load) { l.loose = true }},
+	{name: "one-server-account", servers: 1, account: true, adjust: limited, fault: anything(
+		deny("$KV.proof.>"), deny("$KV.proof-locks.>"), deny("$JS.API.STREAM.>"), deny("$JS.API.CONSUMER.>"), deny("$JS.API.DIRECT.>"),
+		replaceCredentials, limit("max_file: 1K, max_memory: 1K"), limit("max_file: 1G, max_memory: 1G, max_consumers: 1"),
+		setting("max_msg_size", 10), setting("max_msgs", 1), setting("max_bytes", 1),
+	)},
 	{name: "three-servers-operators", servers: 3, fault: operate(
 		replicas, raiseHistory, setMaxAge, mirror, stepBack), adjust: func(l *load) { l.loose = true }},
 	{name: "three-servers-far", servers: 3, distance: far, adjust: atADistance},

@@ -11,7 +11,7 @@ import (
 // TestHistories runs some of the scenarios for a short while. TestLong runs all
 // of them, for as long as one likes.
 func TestHistories(t *testing.T) {
-	for _, name := range []string{"memory", "one-server", "one-server-restarts", "one-server-kills", "one-server-clients-frozen",
+	for _, name := range []string{"memory", "memory-chaos", "one-server", "one-server-restarts", "one-server-kills", "one-server-clients-frozen",
 		"one-server-far-traffic", "one-server-narrow", "one-server-connections", "one-server-operators",
 		"three-servers-step-downs", "three-servers-isolated-cut", "three-servers-kills"} {
 		sc := scenarioNamed(name)
@@ -20,7 +20,7 @@ func TestHistories(t *testing.T) {
 				t.Parallel()
 			}
 			d := 6 * time.Second
-			if sc.servers == 0 {
+			if sc.servers == 0 && !sc.chaos {
 				d = 2 * time.Second
 			}
 			r := sc.run(t, d)

@@ -237,7 +237,7 @@ func (l *load) endWatches(reader state.Store, cache *state.Cache) {
 		}
 	}
 	for _, w := range l.watched {
-		if err := eventually(l.patience, func() error { return w.differs(final) }); err != nil {
+		if err := eventually(l.patience, func() error { return w.differs(l, final) }); err != nil {
 			l.broke("%v: %v", w, err)
 		}
 		if !w.slow && !l.cut.Load() {
@@ -259,9 +259,12 @@ func eventually(d time.Duration, try func() error) error {
 }
 
 // differs says how the last event of each key is not its final state.
-func (w *watched) differs(final map[string]*state.KeyValue) error {
+func (w *watched) differs(l *load, final map[string]*state.KeyValue) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.ended && l.endable && !w.follow {
+		return nil
+	}
 	if w.ended {
 		return fmt.Errorf("it has ended")
 	}

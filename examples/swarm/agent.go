@@ -15,7 +15,7 @@ const (
 	taskLease   = time.Second             // the task of a dead worker is taken over after this time
 	heartbeat   = time.Second             // an agent that is silent for this long counts as dead
 	planEvery   = 150 * time.Millisecond
-	keepRecords = time.Minute // of tasks and terms
+	keepRecords = time.Minute // of terms, and of tasks that are done
 )
 
 // An Agent is one member of the swarm. It knows the others only from the store,
@@ -130,7 +130,7 @@ func (a *Agent) lead(ctx context.Context, token uint64) error {
 		}
 		term.Until = now
 		a.Terms(term)
-		if err := a.Store.Put(fmt.Sprintf("tasks.%d-%d", token, n), []byte("open"), keepRecords); err != nil {
+		if err := a.Store.Put(fmt.Sprintf("tasks.%d-%d", token, n), []byte("open"), 0); err != nil {
 			return err
 		}
 	}

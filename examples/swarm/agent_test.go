@@ -2,9 +2,12 @@ package main
 
 import (
 	"errors"
+	"flag"
+	"fmt"
 	"io"
 	"runtime"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -118,4 +121,90 @@ func TestSwarmOutlivesFailures(t *testing.T) {
 		}
 		a.Stop()
 	})
+}
+
+var seeds = flag.Int("seeds", 10, "how many seeds the swarm runs with under chaos")
+
+// TestSwarmUnderChaos has every kind of fault happen to the agents' stores for ten
+// minutes. No task is lost and none is done twice, and one agent leads at a time.
+func TestSwarmUnderChaos(t *testing.T) {
+	for seed := range uint64(*seeds) {
+		if faults, wrong := runUnderChaos(t, seed, func(s state.Store) state.Store { return s }); len(wrong) > 0 {
+			t.Fatalf("seed %d: %q; the faults:\n%s", seed, wrong, strings.Join(faults, "\n"))
+		}
+	}
+}
+
+// TestChaosFindsLateWorkers: agents that write the result of a task without regard
+// to its revision, which is their fencing token, do some tasks twice.
+func TestChaosFindsLateWorkers(t *testing.T) {
+	for seed := range uint64(100) {
+		if _, wrong := runUnderChaos(t, seed, func(s state.Store) state.Store { return unfenced{s} }); len(wrong) > 0 {
+			t.Logf("seed %d: %q", seed, wrong)
+			return
+		}
+	}
+	t.Error("not found in a hundred seeds")
+}
+
+// An unfenced store writes whatever the revision is.
+type unfenced struct{ state.Store }
+
+func (s unfenced) Update(key string, value []byte, ttl time.Duration, _ uint64) (uint64, error) {
+	return 0, s.Put(key, value, ttl)
+}
+
+// runUnderChaos runs a swarm whose agents use what wrap makes of their stores. It
+// returns the faults, and what was found to be wrong.
+func runUnderChaos(t *testing.T, seed uint64, wrap func(state.Store) state.Store) (faults, wrong []string) {
+	synctest.Test(t, func(t *testing.T) {
+		memory := state.NewMemoryStore()
+		defer memory.Close()
+		w, err := Observe(memory, io.Discard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := memory.Put("config.pace", []byte("200ms"), 0); err != nil {
+			t.Fatal(err)
+		}
+		var agents []*Agent
+		var stores []*statetest.Store
+		for i, name := range []string{"ada", "grace", "alan", "barbara"} {
+			store := statetest.Wrap(memory.Client())
+			store.Chaos(nil, seed<<8+uint64(i), statetest.DefaultRates())
+			a := &Agent{Name: name, Store: wrap(store), Terms: w.Term, Tell: func(string, ...any) {}}
+			for a.Start() != nil {
+				time.Sleep(time.Second)
+			}
+			agents, stores = append(agents, a), append(stores, store)
+		}
+		time.Sleep(10 * time.Minute)
+		for _, s := range stores {
+			s.Heal()
+			for _, f := range s.Faults() {
+				faults = append(faults, fmt.Sprint(f))
+			}
+		}
+		for _, a := range agents {
+			a.Resign()
+		}
+		finished := Await(10*time.Minute, func() bool { planned, done, _ := w.Tasks(); return planned == done })
+		for i, a := range agents {
+			a.Stop()
+			stores[i].Close()
+		}
+
+		var c checklist
+		planned, done, twice := w.Tasks()
+		c.check(len(faults) > 0, "%d faults", len(faults))
+		c.check(finished && done > 100, "%d tasks were planned, %d were done", planned, done)
+		c.check(len(twice) == 0, "%d tasks were done twice", len(twice))
+		c.terms(w.Terms(), 2)
+		for _, line := range c.lines {
+			if strings.HasPrefix(line, "FAILED") {
+				wrong = append(wrong, line)
+			}
+		}
+	})
+	return faults, wrong
 }

@@ -168,7 +168,7 @@ var mutations = []mutation{
 	}, []string{"late-writes"}},
 	{"lost-answers-are-failures", []edit{{"		case lost:\n			inDoubt = err\n", "		case lost:\n			return record{}, err\n"}}, []string{"load one-server-kills", "load one-server-restarts"}},
 	{"lost-answers-are-tried-anew", []edit{ // as if the first attempt had not been
-		{"			if inDoubt == nil && o == conflicting {", "			if o == conflicting {"},
+		{"		case conflicting:\n			if inDoubt == nil {", "		case conflicting:\n			if true {"},
 	}, []string{"load one-server-clients-cut"}},
 	{"binding-changes-the-history", []edit{{"has > 0 && int64(b.want.history) > has {", "has > 0 && b.want.history > 0 && int64(b.want.history) != has {"}}, []string{"binding"}},
 	{"locks-in-memory", []edit{{"	case c.Storage != \"file\":\n", "	case false:\n"}}, []string{"unfit-locks"}},
@@ -188,7 +188,7 @@ var mutations = []mutation{
 		{"		d.remove(it, it.revision, it.deadline)\n", "		delete(d.items, it.key)\n		d.keys.remove(it.key)\n"},
 	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
 	{"watch-forgets-what-it-missed", []edit{
-		{"f.b.filter(f.pattern), cursor+1, false, watchLife", "f.b.filter(f.pattern), a.info.State.LastSeq+1, false, watchLife"},
+		{"from: cursor + 1, batch", "from: a.info.State.LastSeq + 1, batch"},
 	}, []string{"load one-server-clients-cut"}},
 	{"watch-reports-early-expiries", []edit{
 		{"f.probe(f.due(timestamp(info.Now.UnixNano())), f.expired)", "f.probe(f.due(timestamp(info.Now.UnixNano())+1e9), f.expired)"},

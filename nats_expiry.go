@@ -1,0 +1,301 @@
+package state
+
+import (
+	"time"
+)
+
+const (
+	// stateLife is how old a feed lets its knowledge of the stream become. It
+	// notices by it that the stream was purged, or made anew.
+	stateLife = 2 * time.Second
+	// maxRelist is the longest time between two listings that look for keys
+	// which were removed without a trace, when they find none.
+	maxRelist = 10 * time.Minute
+	// burialLife is how long a burial is remembered.
+	burialLife = 10 * time.Second
+	// maxOverdue is how long after a deadline a feed that is behind asks about it.
+	maxOverdue = timestamp(400 * time.Millisecond)
+)
+
+// A tracked is a key that exists.
+type tracked struct {
+	expiring
+	revision uint64
+	created  timestamp
+	unread   bool // the revision was listed, and will be delivered
+}
+
+// ended reports whether the key had come to its deadline when r, a later record
+// of it, was written. What was written in between may have been missed: a
+// record of the same creation shows that it never ended.
+func (t *tracked) ended(r *record) bool {
+	return (t.deadline.passed(r.modified) || r.expiry) && t.created != r.created
+}
+
+// A burial is the last deletion or expiry of a key that was reported: a marker
+// for the same key may follow, of another client that deleted it at once, or of
+// the server.
+type burial struct {
+	created timestamp // of the key
+	at      time.Time
+}
+
+func (f *feed) track(key string, r *record, unread bool) {
+	t := f.alive[key]
+	if t == nil {
+		t = &tracked{expiring: expiring{key: key}}
+		f.alive[key] = t
+	}
+	t.revision, t.created, t.unread = r.revision, r.created, unread
+	f.floor = min(f.floor, r.revision)
+	f.expiries.set(&t.expiring, r.deadline)
+}
+
+// gone reports that a key does not exist any more.
+func (f *feed) gone(t *tracked, revision uint64, at timestamp) {
+	f.expiries.drop(&t.expiring)
+	delete(f.alive, t.key)
+	delete(f.doubtful, t.key)
+	f.buried[t.key] = burial{t.created, time.Now()}
+	if !f.listed || f.listing {
+		f.touched[t.key] = max(f.touched[t.key], t.revision) // a listing may still have it
+	}
+	f.push(deletion(t.key, revision, at))
+}
+
+// list finds out what exists.
+func (f *feed) list() {
+	if f.listing {
+		return
+	}
+	f.listing = true
+	if f.listed {
+		f.touched = make(map[string]uint64)
+	}
+	source := f.source
+	f.b.start(func() {
+		l, err := f.b.list(newBudget(f.ctx), f.pattern, false)
+		f.post(func() {
+			f.listing = false
+			switch {
+			case err == nil:
+				f.merge(l)
+			case f.source == source && source != nil:
+				f.later(time.Second, f.list)
+			}
+		})
+	})
+}
+
+// firstListing gives a feed the listing that it expects of a Follow. If that has
+// failed, the feed makes one itself.
+func (f *feed) firstListing(l listing, err error) {
+	f.post(func() {
+		switch {
+		case !f.expecting:
+		case err == nil && !f.listed && !f.listing:
+			f.merge(l)
+		case !f.created.IsZero() && !f.listed:
+			f.list()
+		}
+		f.expecting = false
+	})
+}
+
+// merge takes over what a listing found. What was read since the listing began
+// is newer.
+func (f *feed) merge(l listing) {
+	over := f.openedAt // what had expired before is not reported
+	if f.listed {
+		over = l.now // what expired before was tracked: it was reported, or will be
+	}
+	there := make(map[string]bool, len(l.all))
+	for i := range l.all {
+		r := &l.all[i]
+		there[r.key] = true
+		t := f.alive[r.key]
+		if r.deleted || f.touched[r.key] >= r.revision || t != nil && t.revision >= r.revision || r.deadline.passed(over) {
+			continue
+		}
+		f.track(r.key, &r.record, r.revision > f.cursor)
+	}
+	var suspects []*tracked
+	for key, t := range f.alive {
+		if !there[key] && f.touched[key] == 0 && !t.deadline.passed(l.now) {
+			suspects = append(suspects, t)
+		}
+	}
+	f.listed, f.listing = true, false
+	f.touched = make(map[string]uint64)
+	f.suspect(suspects)
+}
+
+// lookAtState looks for keys that were removed without a message: what is older
+// than the stream's first message is gone, and a stream that has fewer messages
+// than before may have lost any.
+func (f *feed) lookAtState(st *streamState) {
+	if !f.listed || st == nil {
+		return
+	}
+	if st.FirstSeq > f.floor {
+		suspects := []*tracked{}
+		f.floor = st.FirstSeq
+		for _, t := range f.alive {
+			if t.revision < st.FirstSeq {
+				suspects = append(suspects, t)
+			}
+		}
+		f.suspect(suspects)
+	}
+	fewer := st.Messages < f.messages
+	f.messages = st.Messages
+	if fewer && len(f.alive) > 0 && time.Now().After(f.nextList) {
+		f.list()
+		f.nextList = time.Now().Add(f.listPause)
+		f.listPause = min(2*f.listPause, maxRelist)
+	}
+}
+
+// expire finds out which of the keys that are due were refreshed in time: a
+// refresh may be on its way to here, or still on its way into the stream.
+func (f *feed) expire() {
+	now := f.b.clock.now()
+	if f.source == nil || f.asking || !f.expiries.anyDue(now) {
+		return
+	}
+	if f.behind() && !f.expiries.anyDue(now-maxOverdue) {
+		// What is on its way here may be refreshes: nothing need be asked then.
+		f.deferred = time.Now().Add(20 * time.Millisecond)
+		return
+	}
+	f.asking = true
+	f.b.start(func() {
+		// The server's clock may have been set back, or another server leads now.
+		t := newBudget(f.ctx)
+		info, err := f.b.info(t)
+		f.post(func() {
+			if err != nil {
+				f.asking = false
+				f.deferred = time.Now().Add(checkInterval)
+				return
+			}
+			f.probe(f.due(timestamp(info.Now.UnixNano())), f.expired)
+		})
+	})
+}
+
+// behind reports whether there is something to read that was there when the last
+// message was delivered.
+func (f *feed) behind() bool { return f.pending > 0 || len(f.source.mail) > 0 }
+
+// due takes out what has come to its deadline.
+func (f *feed) due(now timestamp) []*tracked {
+	var due []*tracked
+	for t := f.expiries.due(now); t != nil; t = f.expiries.due(now) {
+		due = append(due, f.alive[t.key])
+	}
+	return due
+}
+
+// A finding is what the leader has of a key that the feed asked about.
+type finding struct {
+	t        *tracked
+	revision uint64 // that the key had for the feed when it was asked
+	probeResult
+}
+
+// probe asks the leader for the last sequences of keys.
+func (f *feed) probe(keys []*tracked, then func([]finding)) {
+	findings, names := make([]finding, len(keys)), make([]string, len(keys))
+	for i, t := range keys {
+		findings[i], names[i] = finding{t: t, revision: t.revision}, t.key
+	}
+	if len(keys) == 0 {
+		then(findings)
+		return
+	}
+	f.b.start(func() {
+		for i, result := range f.b.probe(newBudget(f.ctx), names) {
+			findings[i].probeResult = result
+		}
+		f.post(func() { then(findings) })
+	})
+}
+
+// expired reports the expiries of keys that were due, by what the leader has.
+func (f *feed) expired(findings []finding) {
+	f.asking = false
+	for _, found := range findings {
+		t := found.t
+		switch {
+		case f.alive[t.key] != t || t.revision != found.revision:
+			// It was refreshed, or is gone, as has been reported.
+		case !found.known:
+			// A write is under way, or nobody leads. Ask again.
+			f.expiries.set(&t.expiring, t.deadline)
+			f.deferred = time.Now().Add(20 * time.Millisecond)
+		case found.last > t.revision:
+			// It was replaced, in time or not: what is on its way here decides.
+			f.doubtful[t.key] = t
+		default:
+			f.gone(t, t.revision, t.deadline)
+		}
+	}
+}
+
+// suspect looks whether keys that seem to have been removed without a message
+// still exist.
+func (f *feed) suspect(suspects []*tracked) {
+	if len(suspects) == 0 {
+		return
+	}
+	f.probe(suspects, func(findings []finding) {
+		if f.settle(findings) {
+			f.listPause = stateLife // there may be more removals
+		}
+	})
+}
+
+// settle deals with keys that may have been removed without a message, by what
+// the leader has. It reports whether any was.
+func (f *feed) settle(findings []finding) (removed bool) {
+	for _, found := range findings {
+		t := found.t
+		switch {
+		case f.alive[t.key] != t || t.revision != found.revision:
+			// It was refreshed, or is gone, as has been reported.
+		case !found.known, found.last > t.revision:
+			f.doubtful[t.key] = t
+		case found.last == 0:
+			f.gone(t, t.revision, f.removedAt(t))
+			removed = true
+		case t.deadline != 0:
+			f.expiries.set(&t.expiring, t.deadline) // no newer write was accepted
+		}
+	}
+	return removed
+}
+
+// removedAt returns when a key was removed, of which only the absence is known.
+func (f *feed) removedAt(t *tracked) timestamp {
+	if now := f.b.clock.now(); !t.deadline.passed(now) {
+		return now
+	}
+	return t.deadline
+}
+
+// recheck asks again about keys whose newer revision has not arrived: it may
+// have been removed since.
+func (f *feed) recheck() {
+	var again []*tracked
+	for key, t := range f.doubtful {
+		delete(f.doubtful, key)
+		if f.alive[key] == t {
+			again = append(again, t)
+		}
+	}
+	if len(again) == 0 {
+		return
+	}
+	f.probe(again, func(findings []finding) { f.settle(findings) })
+}

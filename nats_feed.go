@@ -1,0 +1,585 @@
+package state
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+const (
+	// watchBatch is how many messages a feed asks for at a time.
+	watchBatch = 512
+	// heartbeat is how often the server says that there is nothing to say. A
+	// feed that hears nothing for a little more than two of them looks for
+	// another server.
+	heartbeat   = time.Second
+	maxSilence  = 2*heartbeat + 200*time.Millisecond
+	pullExpires = 30 * time.Second
+	// watchLife is how long a server keeps the consumer of a feed that went
+	// away without a word.
+	watchLife = 10 * time.Second
+	// maxLag is how long a consumer may stay behind the leader without getting on.
+	maxLag = 10 * time.Second
+	// refusedFor is how long a feed that is refused tries to attach again
+	// before it ends.
+	refusedFor = 2 * time.Second
+)
+
+// A feed follows a pattern of a bucket for all watches of it in a store. One
+// goroutine, that of run, owns it: it reads what the consumer delivers, keeps
+// track of the keys that exist, and pushes events to the watches. It never
+// waits for an answer: requests are made by other goroutines, which post what to
+// do with the answer.
+type feed struct {
+	b       *bucket
+	pattern pattern
+	maxCut  time.Duration
+	ctx     context.Context // ends with the last watch, and with the store
+	quit    context.CancelFunc
+
+	ready chan struct{} // closed when it is attached, or has failed
+	err   error         // why it has failed; set before ready is closed
+
+	mu      sync.Mutex // guards what follows
+	watches []*natsWatch
+	posted  []func()
+	ended   bool
+	wake    chan struct{} // of one slot: something was posted
+
+	refs int // how many watches hold it; guarded by feeds.mu
+
+	// What follows is owned by run.
+
+	source    *consumer // nil while it is cut off
+	epoch     *epoch    // of the connection that the source is on
+	asked     int       // messages that the server may still send
+	attempts  int       // to attach, in a row
+	refusal   time.Time // since when attaching has been refused
+	missing   time.Time // since when the bucket has not been found
+	cut       time.Time // since when it is cut off
+	heard     time.Time // when something came last
+	heardAt   timestamp // the same by the server's clock, which no pause of ours stops
+	cursor    uint64    // the last sequence that was dealt with
+	pending   uint64    // how many messages there were behind it
+	position  uint64    // how far the consumer has read the stream
+	passed    uint64    // and how far when it was last seen to get on
+	goal      uint64    // what it has to come to
+	goalSince time.Time // since when it has not got on
+	created   time.Time // the stream's, which distinguishes it from another of its name; never changed once the feed is ready
+	openedAt  timestamp // by the server's clock
+	expecting bool      // the first listing comes from a Follow
+
+	// alive are the matching keys that exist as far as was reported, and when
+	// they expire. Until the keys that existed before are listed, touched has
+	// what was read since the feed began.
+	alive     map[string]*tracked
+	expiries  expiryQueue
+	listed    bool
+	listing   bool
+	touched   map[string]uint64
+	buried    map[string]burial
+	deferred  time.Time           // until when it does not look at what has expired
+	asking    bool                // what has expired is being found out
+	doubtful  map[string]*tracked // keys with a newer revision that has not arrived
+	floor     uint64              // no key alive has a revision below
+	messages  uint64              // in the stream, when last looked at
+	nextList  time.Time           // when to look for keys that were removed, at the earliest
+	listPause time.Duration
+	targets   []target
+	lastState *streamState
+	over      bool // it has come to its end
+}
+
+// A target is a progress that holds once so many messages have been read from a
+// consumer.
+type target struct {
+	source *consumer
+	count  uint64
+	progress
+}
+
+// Why a feed ends.
+var (
+	errBucketGone = errors.New("the bucket is gone")
+	errCutTooLong = errors.New("cut off for too long")
+	errFeedEnded  = errors.New("the feed has ended")
+)
+
+// begin has a watch of a running feed begin now: it asks for the stream's last
+// sequence, and drops what came before.
+func (f *feed) begin(ctx context.Context, w *natsWatch) error {
+	info, err := f.b.info(newBudget(ctx))
+	if err != nil {
+		return err
+	}
+	if !info.Created.Equal(f.created) {
+		return errFeedEnded // the bucket was made anew, which the feed will notice
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.ended {
+		return errFeedEnded
+	}
+	w.beginAt(info.State.LastSeq, timestamp(info.Now.UnixNano()))
+	return nil
+}
+
+// push hands an event to the watches that want it.
+func (f *feed) push(ev *KeyValue) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, w := range f.watches {
+		if w.joining || w.wants(ev) {
+			w.push(ev)
+		}
+	}
+}
+
+// post has run do something. It reports whether run still does.
+func (f *feed) post(do func()) bool {
+	f.mu.Lock()
+	ended := f.ended
+	if !ended {
+		f.posted = append(f.posted, do)
+	}
+	f.mu.Unlock()
+	notify(f.wake)
+	return !ended
+}
+
+// run is the feed's loop.
+func (f *feed) run() {
+	defer f.finish()
+	f.attach()
+	ticker := time.NewTicker(heartbeat)
+	defer ticker.Stop()
+	expiry := time.NewTimer(time.Hour)
+	defer expiry.Stop()
+	for !f.over {
+		var mail <-chan *nats.Msg
+		var broken <-chan struct{}
+		if f.source != nil {
+			mail, broken = f.source.mail, f.epoch.over
+		}
+		select {
+		case <-f.ctx.Done():
+			return
+		case <-f.wake:
+			f.runPosted()
+		case msg := <-mail:
+			f.read(msg)
+		case <-expiry.C:
+			f.expire()
+		case <-ticker.C:
+			f.look()
+		case <-broken:
+			f.cutOff("the connection was lost")
+		}
+		if next := f.expiries.next(); next != 0 && !f.asking && f.source != nil {
+			expiry.Reset(max(time.Duration(next-f.b.clock.now()), time.Until(f.deferred), 0))
+		}
+	}
+}
+
+// finish ends what is left of the feed.
+func (f *feed) finish() {
+	f.mu.Lock()
+	f.ended = true
+	watches := slices.Clone(f.watches)
+	f.mu.Unlock()
+	f.runPosted() // a new source may be among it
+	f.detach()
+	for _, w := range watches {
+		w.end()
+	}
+	select {
+	case <-f.ready:
+	default:
+		f.err = errFeedEnded
+		close(f.ready)
+	}
+}
+
+// runPosted does what was posted.
+func (f *feed) runPosted() {
+	f.mu.Lock()
+	posted := f.posted
+	f.posted = nil
+	f.mu.Unlock()
+	for _, do := range posted {
+		do()
+	}
+}
+
+// endBecause has the loop end.
+func (f *feed) endBecause(err error) {
+	f.over = true
+	f.b.log.Warn("state: a watch ends", "bucket", f.b.name, "pattern", f.pattern.String(), "reason", err)
+}
+
+// An attachment is a feed's new connection to the stream.
+type attachment struct {
+	info   *streamInfo
+	source *consumer
+	epoch  *epoch
+}
+
+// attach connects the feed to the stream: the first time from now on, else from
+// where it was.
+func (f *feed) attach() {
+	first, cursor, created, heardAt, maxCut := f.created.IsZero(), f.cursor, f.created, f.heardAt, f.maxCut
+	f.b.start(func() {
+		a, err := f.connect(first, cursor, created, heardAt, maxCut)
+		if !f.post(func() { f.attached(a, err) }) && a.source != nil {
+			a.source.stop()
+		}
+	})
+}
+
+// connect makes the consumer. It owns nothing of the feed.
+func (f *feed) connect(first bool, cursor uint64, created time.Time, heardAt timestamp, maxCut time.Duration) (a attachment, err error) {
+	t := newBudget(f.ctx)
+	if a.epoch, err = f.b.connected(t); err != nil {
+		return a, err
+	}
+	if a.info, err = f.b.info(t); err != nil {
+		return a, err
+	}
+	if maxAge := a.info.config.MaxAge; maxAge > 0 {
+		maxCut = min(maxCut, maxAge)
+	}
+	switch {
+	case first:
+		cursor = a.info.State.LastSeq
+	case !created.Equal(a.info.Created) || a.info.State.LastSeq < cursor:
+		return a, errBucketGone
+	case timestamp(a.info.Now.UnixNano())-heardAt > timestamp(maxCut):
+		return a, errCutTooLong
+	}
+	a.source, err = f.b.consume(t, consumption{filter: f.b.filter(f.pattern), from: cursor + 1, batch: watchBatch, life: watchLife})
+	return a, err
+}
+
+// attached takes over a new connection, or decides what to do without.
+func (f *feed) attached(a attachment, err error) {
+	if err == nil {
+		f.source, f.epoch, f.asked, f.pending = a.source, a.epoch, 0, 0
+		f.goal, f.goalSince = 0, time.Now()
+		f.hear()
+		err = f.pull()
+	}
+	if err != nil {
+		f.detach()
+		f.notAttached(err)
+		return
+	}
+	if !f.cut.IsZero() {
+		f.b.log.Info("state: a watch is back", "bucket", f.b.name, "pattern", f.pattern.String(), "after", time.Since(f.cut).Round(time.Millisecond))
+	}
+	f.attempts, f.refusal, f.missing, f.cut = 0, time.Time{}, time.Time{}, time.Time{}
+	f.messages = a.info.State.Messages
+	if f.created.IsZero() {
+		f.created, f.cursor, f.openedAt = a.info.Created, a.info.State.LastSeq, timestamp(a.info.Now.UnixNano())
+		f.mu.Lock()
+		for _, w := range f.watches {
+			w.beginAt(f.cursor, f.openedAt)
+		}
+		f.mu.Unlock()
+		close(f.ready)
+		if f.expecting {
+			return
+		}
+	}
+	// What exists, and until when, no message says.
+	f.list()
+}
+
+// notAttached decides what to do after an attempt to attach has failed.
+func (f *feed) notAttached(err error) {
+	if f.created.IsZero() {
+		f.err, f.over = err, true // it never began
+		close(f.ready)
+		return
+	}
+	now := time.Now()
+	since := func(at *time.Time, holds bool) time.Duration {
+		switch {
+		case !holds:
+			*at = time.Time{}
+			return 0
+		case at.IsZero():
+			*at = now
+		}
+		return now.Sub(*at)
+	}
+	gone := since(&f.missing, errors.Is(err, jetstream.ErrBucketNotFound))
+	refused := since(&f.refusal, apiCode(err) != 0 && !passing(err) || errors.Is(err, nats.ErrPermissionViolation))
+	switch {
+	case err == errBucketGone, err == errCutTooLong, f.b.nc.IsClosed(),
+		gone > goneAfter, refused > refusedFor, time.Since(f.heard) > f.maxCut:
+		f.endBecause(err)
+		return
+	}
+	pause := min(20*time.Millisecond<<min(f.attempts, 5), 500*time.Millisecond)
+	f.attempts++
+	f.later(pause/2+rand.N(pause), f.attach)
+}
+
+// later posts something after a time, unless the feed has ended.
+func (f *feed) later(d time.Duration, do func()) {
+	f.b.start(func() {
+		timer := time.NewTimer(d)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+			f.post(do)
+		case <-f.ctx.Done():
+		}
+	})
+}
+
+// cutOff gives the source up and attaches again.
+func (f *feed) cutOff(reason string) {
+	f.detach()
+	f.cut = time.Now()
+	f.b.stats.cuts.Add(1)
+	f.b.log.Warn("state: a watch was cut off", "bucket", f.b.name, "pattern", f.pattern.String(), "reason", reason)
+	f.attach()
+}
+
+func (f *feed) detach() {
+	if f.source != nil {
+		f.source.stop()
+		f.source = nil
+	}
+	f.targets = nil
+}
+
+// hear notes that the feed is connected.
+func (f *feed) hear() { f.heard, f.heardAt = time.Now(), f.b.clock.now() }
+
+// pull keeps the server supplied with requests.
+func (f *feed) pull() error {
+	if f.asked > watchBatch/2 {
+		return nil
+	}
+	n, err := f.source.pull(pullRequest{Batch: watchBatch - f.asked, Expires: pullExpires, Heartbeat: heartbeat})
+	f.asked += n
+	return err
+}
+
+// look is what the feed does now and then.
+func (f *feed) look() {
+	s := f.b.settings.Load()
+	switch {
+	case f.b.nc.IsClosed():
+		f.endBecause(nats.ErrConnectionClosed)
+		return
+	case f.source == nil:
+		return
+	case !s.created.Equal(f.created):
+		f.endBecause(errBucketGone)
+		return
+	case time.Since(f.heard) > maxSilence:
+		f.cutOff("no heartbeat")
+		return
+	case f.lags():
+		f.cutOff("the consumer's server lags behind the leader")
+		return
+	}
+	if len(f.doubtful) > 0 {
+		f.recheck()
+	}
+	maps.DeleteFunc(f.buried, func(_ string, b burial) bool { return time.Since(b.at) > burialLife })
+	if !f.behind() {
+		// By now, what was written when the last state was taken has been read.
+		f.lookAtState(f.lastState)
+		f.lastState = f.b.settings.Load().state
+	}
+	if time.Since(s.checked) > stateLife-heartbeat/2 {
+		f.b.check()
+	}
+}
+
+// lags reports whether the consumer is behind what the leader had and has not got
+// on for a while: it may be on a replica that does not.
+func (f *feed) lags() bool {
+	if f.position >= f.goal || f.position != f.passed {
+		f.passed, f.goalSince = f.position, time.Now()
+	}
+	if f.position >= f.goal {
+		f.goal = f.b.settings.Load().state.LastSeq
+	}
+	return time.Since(f.goalSince) > maxLag
+}
+
+// read deals with what the consumer sent: msg, and what has come since.
+func (f *feed) read(msg *nats.Msg) {
+	for msg != nil {
+		if err := f.accept(msg); err != nil {
+			f.cutOff(err.Error())
+			return
+		}
+		select {
+		case msg = <-f.source.mail:
+		default:
+			msg = nil
+		}
+	}
+	if err := f.pull(); err != nil {
+		f.cutOff(err.Error())
+		return
+	}
+	f.reachTargets()
+}
+
+func (f *feed) accept(msg *nats.Msg) error {
+	d, st, err := f.source.accept(msg)
+	if err != nil {
+		return err
+	}
+	if st.code == "0" {
+		return nil
+	}
+	f.hear()
+	switch {
+	case st.code == "":
+	case st.code == "100":
+		f.pending, f.position = 0, max(f.position, st.seq)
+		return nil
+	case st.code == "smaller":
+		f.asked = 0
+		return nil
+	case st.ended:
+		f.asked -= min(st.unsent, f.asked)
+		return nil
+	default:
+		return fmt.Errorf("status %s", st.code)
+	}
+	f.b.clock.observe(d.written)
+	f.asked--
+	f.cursor, f.pending, f.position = d.seq, d.pending, d.seq
+	if key, ok := f.b.key(f.pattern, msg.Subject); ok {
+		f.report(key, decode(msg.Header, msg.Data, d.seq, d.written, f.b.settings.Load().MaxAge))
+	}
+	return nil
+}
+
+// report pushes the events that a record of a key amounts to, given what was
+// reported before.
+func (f *feed) report(key string, r record) {
+	t := f.alive[key]
+	if t != nil && (r.revision < t.revision || r.revision == t.revision && !t.unread) {
+		return
+	}
+	if !f.listed || f.listing {
+		f.touched[key] = r.revision
+	}
+	if t != nil && t.ended(&r) {
+		// It had expired before this was written.
+		at := t.deadline
+		if at == 0 {
+			at = r.modified
+		}
+		f.gone(t, t.revision, at)
+		t = nil
+	}
+	switch {
+	case !r.deleted:
+		f.track(key, &r, false)
+		f.push(r.event(key, r.deadline))
+	case t != nil:
+		f.gone(t, r.revision, r.modified)
+	case f.unseen(key, &r):
+		f.buried[key] = burial{r.created, time.Now()}
+		f.push(deletion(key, r.revision, r.modified))
+	}
+}
+
+// unseen reports whether a marker deleted a value that was never delivered: it
+// was replaced by the marker before that, or it existed before the feed, which
+// has not been listed yet. Our markers say when the key came into being. Other
+// clients' do not, and may delete what does not exist.
+func (f *feed) unseen(key string, r *record) bool {
+	last, reported := f.buried[key]
+	if r.op == "" {
+		return !f.listed && !reported
+	}
+	return r.created != 0 && r.created != last.created
+}
+
+// askProgress finds out how far the feed has come, and marks it for the watches.
+func (f *feed) askProgress() {
+	f.post(func() {
+		source := f.source
+		if source == nil {
+			return
+		}
+		f.b.start(func() {
+			if at, err := f.measureProgress(source); err == nil {
+				f.post(func() {
+					f.targets = append(f.targets, at)
+					f.reachTargets()
+				})
+			}
+		})
+	})
+}
+
+// measureProgress returns a moment at which the consumer had nothing left to
+// deliver of all that the leader had when asked: a message that was replaced
+// before it could be delivered has been followed by what replaced it.
+func (f *feed) measureProgress(source *consumer) (at target, err error) {
+	asked, t := time.Now(), newBudget(f.ctx)
+	info, err := f.b.info(t)
+	if err != nil {
+		return at, err
+	}
+	msg, err := f.b.leaderMsg(t, f.b.filter(f.pattern))
+	if err != nil {
+		return at, err
+	}
+	var last uint64 // the last message that it has to come to
+	if msg != nil {
+		last = msg.Seq
+	}
+	for {
+		var state consumerInfo
+		if err := f.b.call(t, "CONSUMER.INFO", f.b.stream+"."+source.name, nil, &state); err != nil {
+			return at, err
+		}
+		if state.Pending == 0 && state.Delivered.Seq >= last {
+			return target{source, state.Delivered.Count, progress{info.State.LastSeq, asked}}, nil
+		}
+		// It has more to deliver, or is on a replica that lags.
+		if !t.wait(f.b.life) || time.Since(asked) > opTimeout {
+			return at, errNoAnswer
+		}
+	}
+}
+
+// reachTargets marks the progress that has been made.
+func (f *feed) reachTargets() {
+	f.targets = slices.DeleteFunc(f.targets, func(at target) bool {
+		if at.source != f.source {
+			return true
+		}
+		if f.source.count < at.count {
+			return false
+		}
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		for _, w := range f.watches {
+			w.advance(at.progress)
+		}
+		return true
+	})
+}
