@@ -9,14 +9,14 @@ import (
 	"time"
 )
 
-// A Cache is a local copy of the entries that match a pattern, kept up to date
-// by what [Follow] does, for programs that read far more often than others
+// A Cache is a local copy of the entries that match a pattern. It is kept up to
+// date as [Follow] does it, for programs that read far more often than others
 // write. Its reads make no request, and do not block each other.
 //
-// A read returns what the store held a moment ago: usually less than a
-// millisecond on a local network, longer while the connection is cut. AsOf says
-// how long, and Wait waits until the cache has a change that the caller knows
-// of. An entry is in the cache until its expiry has been delivered.
+// A cache lags behind the store: usually by less than a millisecond on a local
+// network, by more while the connection is cut. AsOf says how far it lags at
+// most, and Wait waits until the cache has a certain change. An entry stays in
+// the cache until its expiry has been delivered.
 //
 // For each entry a Cache takes the key, the value and about 250 bytes.
 type Cache struct {
@@ -35,9 +35,10 @@ type Cache struct {
 }
 
 // NewCache returns a cache of the entries that match a pattern, once it is
-// complete. It is kept up to date until ctx ends, Close is called or the store
-// is closed. Errors are those of [Follow]. It costs one listing, and then three
-// small requests per second, by which it knows how old it is.
+// complete. The cache is kept up to date until ctx ends, Close is called or the
+// store is closed. Errors are those of [Follow]. On a NATSStore it costs what
+// Follow does, and then three small requests per second, which tell the cache how
+// far it lags. A store that wraps another one is listed once per second instead.
 func NewCache(ctx context.Context, store Store, pattern string) (*Cache, error) {
 	p, err := parsePattern(pattern)
 	if err != nil {
@@ -143,10 +144,9 @@ func (c *Cache) closed() bool {
 	}
 }
 
-// Get retrieves a value by key, as [StateStore.Get] does. It returns
-// ErrInvalidKey for a key that does not match the cache's pattern, too, and
-// ErrClosed when the cache is not kept up to date any more. The bytes are the
-// caller's own.
+// Get retrieves a value by key, as [StateStore.Get] does. It also returns
+// ErrInvalidKey for a key that does not match the cache's pattern, and ErrClosed
+// when the cache is no longer kept up to date. The bytes are the caller's own.
 func (c *Cache) Get(key string) ([]byte, error) {
 	kv, err := c.load(key)
 	if err != nil {
@@ -223,20 +223,20 @@ func (c *Cache) matching(text string) ([]*KeyValue, error) {
 }
 
 // AsOf returns a time by the local clock: every change that was acknowledged
-// before then is in the cache. It is at most about two seconds ago while the
-// store is connected.
+// before then is in the cache. While the store is connected, that is at most
+// about two seconds ago. AsOf makes no request.
 func (c *Cache) AsOf() time.Time {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.reached.asOf
 }
 
-// Wait waits until the cache has reached a revision, which an Update or an entry
-// of a matching key has brought: every change up to it is in the cache, or this
+// Wait waits until the cache has reached the revision of a matching key, as an
+// Update or an entry gave it: every change up to it is in the cache, or that
 // change itself is. It returns an error that wraps the context's if ctx ends
-// before, and ErrClosed when the cache is not kept up to date any more. It costs
-// as a rule three requests, none if the cache has the change already, and more
-// if the revision has not been written yet.
+// first, and ErrClosed when the cache is no longer kept up to date. On a
+// NATSStore it costs no request if the cache has the change already, as a rule
+// three otherwise, and more if the revision has not been written yet.
 func (c *Cache) Wait(ctx context.Context, revision uint64) error {
 	c.mu.Lock()
 	c.waiting++

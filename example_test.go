@@ -15,7 +15,7 @@ import (
 )
 
 // connect starts a NATS server inside this process, and connects to it. In
-// production, that is nats.Connect and the address of your servers.
+// production, call nats.Connect with the address of your servers.
 func connect() (nc *nats.Conn, stop func()) {
 	dir, err := os.MkdirTemp("", "state-example-")
 	if err != nil {
@@ -84,7 +84,7 @@ func Example() {
 	// Holding resource.mutex
 }
 
-// An agent depends on Store, so that its unit test gives it a MemoryStore and its
+// An agent depends on Store, so that a unit test can give it a MemoryStore and the
 // main function a NATSStore.
 func ExampleStore() {
 	announce := func(store state.Store, name, address string) error {
@@ -138,7 +138,7 @@ func ExampleNATSStore() {
 	cfg.Conn = nc
 	store, err := state.NewNATSStore(cfg)
 	if err != nil {
-		log.Fatal(err) // says in words what the server, the bucket or the permissions lack
+		log.Fatal(err) // says what is wrong with the server, the bucket or the permissions
 	}
 	defer store.Close()
 
@@ -154,7 +154,7 @@ func ExampleNATSStore() {
 }
 
 // A watch reports puts, deletions and expiries from the time that Watch returns.
-// What exists already it does not report; Follow does.
+// It does not report what exists already; Follow does.
 func ExampleStateStore_watch() {
 	store := state.NewMemoryStore()
 	defer store.Close()
@@ -163,7 +163,7 @@ func ExampleStateStore_watch() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	store.Put("agents.grace", []byte("10.0.0.2"), time.Millisecond) // it will expire
+	store.Put("agents.grace", []byte("10.0.0.2"), time.Millisecond) // expires soon
 	for kv := range changes {
 		switch kv.Operation {
 		case state.OpPut:
@@ -178,7 +178,7 @@ func ExampleStateStore_watch() {
 	// delete agents.grace
 }
 
-// An entry lives for as long as the last Put says.
+// An entry has the TTL of its last Put.
 func ExampleStateStore_ttl() {
 	store := state.NewMemoryStore()
 	defer store.Close()
@@ -188,7 +188,7 @@ func ExampleStateStore_ttl() {
 	}
 
 	store.Put("sessions.1", []byte("ada"), time.Hour)
-	store.Put("sessions.1", []byte("ada"), time.Millisecond) // not an hour any more
+	store.Put("sessions.1", []byte("ada"), time.Millisecond) // replaces the hour
 	for kv := range changes {
 		fmt.Println(kv.Operation, kv.Key)
 		if kv.Operation == state.OpDelete {
@@ -227,7 +227,7 @@ func ExampleLock() {
 	// unlock again: lock not held
 }
 
-// Calls and watches of a store that is bound to a context end with that.
+// Calls and watches of a store that is bound to a context end with the context.
 func ExampleStore_WithContext() {
 	store := state.NewMemoryStore()
 	defer store.Close()
@@ -246,8 +246,8 @@ func ExampleStore_WithContext() {
 	// Output: config.pace is brisk
 }
 
-// Update claims a task: revision 0 means, only if the key does not exist. If the
-// owner dies, its claim expires.
+// Update claims a task. Revision 0 means that the key must not exist. If the owner
+// dies, its claim expires.
 func ExampleStore_Update() {
 	store := state.NewMemoryStore()
 	defer store.Close()
@@ -290,8 +290,8 @@ func ExampleStore_LockHolder() {
 	// true
 }
 
-// Follow returns what exists and then delivers every change, also after a watch
-// has ended.
+// Follow returns the current entries and then delivers every change, even after a
+// watch has ended.
 func ExampleFollow() {
 	store := state.NewMemoryStore()
 	defer store.Close()
@@ -344,8 +344,8 @@ func ExampleKeepAlive() {
 	// delete agents.ada
 }
 
-// WithLock waits for the lock, keeps it while the function runs, and cancels
-// the function's context when it was lost.
+// WithLock waits for the lock, keeps it while the function runs, and cancels the
+// function's context if the lock is lost.
 func ExampleWithLock() {
 	store := state.NewMemoryStore()
 	defer store.Close()
@@ -372,11 +372,11 @@ func ExampleWithLock() {
 	// deployed
 }
 
-// A Resource is what a lock protects, outside the store: a file server, say. It
-// refuses who held the lock before the last one that it has heard of.
+// A Resource is what a lock protects outside the store, such as a file server. It
+// refuses tokens lower than the highest one that it has seen.
 type Resource struct{ highest uint64 }
 
-// Write accepts a write by the holder with that token.
+// Write accepts a write from the holder with that token.
 func (r *Resource) Write(token uint64) error {
 	if token < r.highest {
 		return fmt.Errorf("refused: token %d is older than %d", token, r.highest)
@@ -385,8 +385,8 @@ func (r *Resource) Write(token uint64) error {
 	return nil
 }
 
-// A holder that was paused for longer than its lease goes on as if it still held
-// the lock. The resource that the lock protects knows better.
+// A holder that was paused for longer than its lease continues as if it still held
+// the lock. The resource that the lock protects refuses its writes.
 func ExampleFenced() {
 	store := state.NewMemoryStore()
 	defer store.Close()
@@ -396,13 +396,13 @@ func ExampleFenced() {
 	ada := lock.(state.Fenced)
 	fmt.Println("ada writes:", resource.Write(ada.Token()))
 
-	// ada is paused: by the scheduler, a long garbage collection, a closed lid.
-	// Her lease lapses, and grace gets the lock.
+	// The scheduler, a long garbage collection or a closed laptop pauses ada. Her
+	// lease lapses, and grace gets the lock.
 	lock, _ = state.Acquire(context.Background(), store, "scheduler", time.Minute)
 	grace := lock.(state.Fenced)
 	fmt.Println("grace writes:", resource.Write(grace.Token()))
 
-	// ada wakes up in the middle of what she was doing.
+	// ada resumes in the middle of her work.
 	fmt.Println("ada writes:", resource.Write(ada.Token()))
 	fmt.Println("ada refreshes:", ada.Refresh())
 	// Output:

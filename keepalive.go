@@ -16,25 +16,25 @@ const (
 	farewell = 5 * time.Second
 )
 
-// KeepAlive keeps a key alive for as long as ctx lasts: it writes the key at once
-// and then every third of ttl, each time with what value returns. It goes on
-// through outages; if the key expires or is deleted meanwhile, it is written
-// anew. When ctx ends, KeepAlive deletes the revision that it wrote last, unless
-// somebody else has written or deleted the key since, and returns nil. An error
-// then means that it could not delete it within five seconds; the key expires.
+// KeepAlive keeps a key alive until ctx ends: it writes the key at once and then
+// every third of ttl, each time with what value returns. It continues through
+// outages. If the key expires or is deleted meanwhile, KeepAlive writes it again.
+// When ctx ends, it deletes the revision that it wrote last, unless somebody else
+// has written or deleted the key since, and returns nil. If it cannot delete the
+// revision within five seconds, it returns an error, and the key expires.
 //
-// Before that it returns only errors that do not pass: [ErrInvalidKey],
+// Before ctx ends it returns only errors that are permanent: [ErrInvalidKey],
 // [ErrInvalidTTL] if ttl is not positive, [ErrValueTooLarge] and [ErrClosed].
-// Then the key is left to expire. A failure that may pass is retried soon, several
-// times within ttl. A ttl of a few milliseconds cannot be kept up.
+// Then the key is left to expire. Any other failure is retried several times
+// within ttl. A ttl of a few milliseconds cannot be kept up.
 //
-// A key has one owner: KeepAlive overwrites what it finds, so two of them for one
-// key fight, and the key has now the value of the one and now that of the other.
-// To decide who owns a key take a lock, see [WithLock].
+// A key should have one owner. KeepAlive overwrites what it finds, so the value of
+// a key with two of them alternates. To decide who owns a key, take a lock; see
+// [WithLock].
 //
-// It costs two requests at first, one each third of ttl, and one at the end. ctx
-// takes the place of a context that store is bound to. value is called in
-// the caller's goroutine; its result is not retained.
+// On a NATSStore it costs two requests at first, or three for a new key, one each
+// third of ttl, and one at the end. ctx replaces any context that store is bound
+// to. value is called in the caller's goroutine; its result is not retained.
 func KeepAlive(ctx context.Context, store Store, key string, ttl time.Duration, value func() []byte) error {
 	if ttl <= 0 {
 		return ErrInvalidTTL

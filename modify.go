@@ -6,19 +6,19 @@ import (
 	"time"
 )
 
-// Modify changes the value of a key, on top of whatever it is. It reads the key,
-// calls fn with the entry, or with nil if the key does not exist, and writes what
-// fn returns with [Store.Update]. If somebody else changed the key meanwhile, it
-// starts over, until ctx ends; so fn may be called several times, and should have
-// no effects but its results. It returns the new revision.
+// Modify changes the value of a key. It reads the key, calls fn with the entry, or
+// with nil if the key does not exist, and writes what fn returns with
+// [Store.Update]. If somebody else changed the key meanwhile, it starts over,
+// until ctx ends. So fn may be called several times, and should have no side
+// effects. The entry that fn gets is fn's own. Modify returns the new revision.
 //
-// An error of fn stops it and is returned as it is; nothing was written then. When
-// ctx ends the error wraps the context's. An error of the store is returned too,
+// An error of fn stops Modify and is returned as it is; nothing was written then.
+// When ctx ends, the error wraps the context's. An error of the store is returned
 // and not retried: after one that wraps [ErrOutcomeUnknown] the value may have
-// been written. ctx takes the place of a context that store is bound to.
+// been written. ctx replaces any context that store is bound to.
 //
-// It costs two requests, and two more each time that it starts over. The entry
-// that fn gets is fn's own. Of several calls at a time for one key each makes its
+// On a NATSStore it costs two requests, or three for a new key, and two more each
+// time that it starts over. Of several concurrent calls for one key each makes its
 // change once; after a few conflicts a call pauses for some milliseconds.
 func Modify(ctx context.Context, store Store, key string, fn func(old *KeyValue) (value []byte, ttl time.Duration, err error)) (uint64, error) {
 	store = store.WithContext(ctx)

@@ -14,45 +14,48 @@ import (
 
 // NATSStoreConfig holds NATS KV store configuration.
 type NATSStoreConfig struct {
-	// Conn is the NATS connection to use. It stays the caller's: Close leaves
-	// it open. A connection that gives up reconnecting ends the store's watches.
+	// Conn is the NATS connection to use. It belongs to the caller, and Close
+	// leaves it open. A connection that gives up reconnecting ends the store's
+	// watches. With nats.NoEcho waiting for a lock is as with a Domain.
 	Conn *nats.Conn
 	// Bucket is the KV bucket name: letters, digits, "-" and "_". The bucket is
 	// created if it does not exist. Locks are kept in a second one, with
-	// "-locks" after the name, from the first Lock on; so a name must not end
-	// with that.
+	// "-locks" after the name, which the first Lock creates. So a name must not
+	// end with "-locks".
 	Bucket string
 	// TTL is the default TTL for entries (0 = no default): what a Put with a
 	// TTL of 0 gets.
 	TTL time.Duration
 	// History is the number of revisions to keep per key, at most 64. Default: 1
-	// for a new bucket. That of an existing one is raised to it, and never
-	// lowered. The history of a key begins anew when it is deleted or written
-	// with a TTL: nothing older may come back when that goes.
+	// for a new bucket. That of an existing bucket is raised to History, and
+	// never lowered. Deleting a key, or writing it with a TTL, discards its
+	// history, so that nothing older comes back.
 	History int
 	// MaxValueSize is the maximum value size in bytes. Default: 1MB for a new
-	// bucket. That of an existing one is raised to it, and never lowered; this
-	// store keeps to MaxValueSize all the same. The server's max_payload less
-	// 1 KiB for headers is a limit, too.
+	// bucket. That of an existing bucket is raised to MaxValueSize, and never
+	// lowered; this store always keeps to MaxValueSize. The server's max_payload
+	// less 1 KiB for headers is a limit, too.
 	MaxValueSize int32
 	// Replicas is how many servers keep a copy of a new bucket. Default: 1. An
 	// existing bucket is left as it is.
 	Replicas int
-	// Domain is the JetStream domain of the bucket, as behind a leaf node. What
-	// is published on one side of a leaf node is not heard on the other, so
-	// a waiter for a lock checks every two seconds whether it was released.
+	// Domain is the JetStream domain of the bucket, as behind a leaf node. A
+	// release that is published on one side of a leaf node may not be heard on
+	// the other. So a waiter for a lock also looks every two seconds whether it
+	// was released.
 	Domain string
 	// APIPrefix is what an account's import puts in place of "$JS.API", if the
-	// bucket is another account's. At most one of Domain and APIPrefix is set.
-	// That account exports the service "$JS.API.>" with the response type stream
-	// and the service "$KV.<bucket>.>", and the same of the bucket of locks; this
-	// one imports them as "<prefix>.>" and "<prefix>.$KV.<bucket>.>". Waiting for
-	// a lock is as with a Domain.
+	// bucket belongs to another account. Set at most one of Domain and APIPrefix.
+	// The owner exports the service "$JS.API.>" with the response type stream,
+	// and the services "$KV.<bucket>.>" and "$KV.<bucket>-locks.>". The account
+	// of Conn imports them as "<prefix>.>", "<prefix>.$KV.<bucket>.>" and
+	// "<prefix>.$KV.<bucket>-locks.>". A waiter for a lock looks every two
+	// seconds, as with a Domain.
 	APIPrefix string
-	// Logger receives what an operator wants to know: a watch that was cut off
-	// and is back, or ends; a lease that was lost; a write of unknown outcome; a
-	// leader that was doubted; settings that changed; a request that takes
-	// longer than a second. Nothing per request is logged. Default: silent.
+	// Logger receives what operators need to know: a watch was cut off, is back
+	// or ends; a lease was lost; the outcome of a write is unknown; a leader gave
+	// an old answer; settings changed; a request takes longer than a second.
+	// Requests are not logged otherwise. Default: silent.
 	Logger *slog.Logger
 	// Owner is what LockHolder and the records of locks name as the holder.
 	// Default: host name and process ID, as in "host:123".
@@ -72,53 +75,53 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 
 // NATSStore implements StateStore, and Store, using NATS JetStream KV.
 //
-// The bucket is a plain KV bucket: what the store writes, every other KV client
-// reads, and the other way round. An existing bucket is bound as its operator
-// made it, except that message TTLs are switched on. Two settings matter to
-// what it promises:
+// The bucket is an ordinary KV bucket: other KV clients read what the store
+// writes, and the store reads what they write. An existing bucket keeps the
+// settings that its operator chose, except that the store switches message TTLs
+// on and raises History and MaxValueSize, see [NATSStoreConfig]. Two settings
+// matter to the contract:
 //
-//   - A bucket that has a TTL itself (MaxAge) keeps it: no entry lives longer,
-//     whatever TTL it was put with. Entries end at that deadline as at one of
-//     their own.
+//   - A bucket that has a TTL itself (MaxAge) keeps it. No entry lives longer,
+//     even if its own TTL is longer; it then expires like any other.
 //   - A bucket with delete markers (SubjectDeleteMarkerTTL, which nats.go calls
 //     LimitMarkerTTL) keeps them, since other clients may rely on them. On a
 //     replicated bucket the server can then lose a write that is under way when
-//     it removes the key's old value. The store keeps out of the way: it has the
-//     server remove its values ten minutes after they have expired, and a write
-//     that would be under way at such a time waits for the server, for two
-//     seconds at most.
+//     it removes the key's old value. To avoid that, the store has the server
+//     remove its values ten minutes after they have expired, and a write that
+//     would be under way at such a time waits for the server, for two seconds at
+//     most.
 //
 // The settings may change while the store is open; it notices within seconds.
 // For up to two seconds after a bucket of one replica was given more of them,
-// a Get may miss what others have just written. If the bucket is deleted, every
-// method returns an error that errors.Is reports as [jetstream.ErrBucketNotFound],
-// and works again when the bucket is back.
+// a Get may miss what others have just written. While the bucket is deleted,
+// methods that use it return an error that errors.Is reports as
+// [jetstream.ErrBucketNotFound], except for Watch, which returns
+// [ErrWatchClosed]. They work again when the bucket is back.
 //
-// On several replicas every read is answered by the stream's leader. A leader
-// that a network partition has cut off from the others goes on answering as one
-// until it notices, which takes up to 20 seconds; for clients on its side of the
-// partition, writes made on the other side are invisible for that long. What
-// must not be wrong is decided by a Lock or an Update, which a majority always
-// agrees on.
+// On several replicas the stream's leader answers every read. A leader that a
+// network partition has cut off from the other servers continues to answer until
+// it notices, which takes up to 20 seconds. For that long, clients on its side of
+// the partition do not see writes made on the other side. Where that must not
+// happen, use a Lock or an Update, which a majority always decides.
 //
-// An acknowledgement means that a majority of the replicas has the change. When
-// they write it to the disk for good is the servers' sync_interval.
+// An acknowledgement means that a majority of the replicas has the change. The
+// servers' sync_interval says when they sync it to the disk.
 //
 // A watch ends, by closing its channel, when the store is closed, when the
-// connection is closed for good, when the bucket is gone or was made anew, when
-// the server refuses to let it continue, and when it was cut off for longer than
-// a deletion stays on the server, an hour. It survives anything shorter, and then
-// delivers the last state of every key that changed; a key that came and went
-// meanwhile may not be mentioned. Keys that an operator purges are reported as
-// deleted: within seconds if the whole stream is purged, later if a single key
-// is.
+// connection is closed for good, when the bucket is deleted, when the server
+// refuses to let the watch continue, and when the watch was cut off for longer
+// than a deletion stays on the server, an hour. It survives any shorter cut, and
+// then delivers the last state of every key that changed. It may not mention a
+// key that was created and deleted meanwhile. Keys that an operator purges are
+// reported as deleted: within seconds if the whole stream is purged, later if
+// only a single key is.
 //
-// All watches of one pattern in a store share one consumer on the server. It
-// keeps the names and revisions of the matching keys in memory.
+// All watches of one pattern in a store share one consumer on the server. The
+// store keeps the names and revisions of the matching keys in memory.
 //
-// Right after a server was killed, not stopped, a bucket of one replica may
-// have lost the deletions that other clients made with short-lived markers. The
-// store's own survive that.
+// When the server of a bucket with one replica is killed, deletions that other
+// clients made with short-lived markers may be lost. The store's own deletions
+// are not.
 type NATSStore struct {
 	*natsCore
 	ctx context.Context // of WithContext; nil for none
@@ -135,11 +138,11 @@ type natsCore struct {
 
 var _ Store = (*NATSStore)(nil)
 
-// NewNATSStore binds to a bucket, which it creates if there is none. It fails
-// within seconds, and says in words what is wrong: the configuration, the
-// connection, JetStream is not enabled, the server is older than 2.11 and has
-// no message TTLs, or a permission is missing. It costs one request for a
-// bucket that exists.
+// NewNATSStore binds to a bucket, and creates it if it does not exist. It fails
+// within seconds with an error that says what is wrong: the configuration or the
+// connection is bad, JetStream is not enabled, the server is older than 2.11 and
+// has no message TTLs, or a permission is missing. For a bucket that exists and
+// suits it costs one request.
 func NewNATSStore(cfg NATSStoreConfig) (*NATSStore, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("state: %w", err)
@@ -263,9 +266,9 @@ func (s *NATSStore) get(key string) (record, error) {
 	return r, opError("get", key, err)
 }
 
-// Put implements [StateStore]. It costs one request for a key that is new or
-// that this store wrote last, two where others write the key, too, and three
-// when it learns that.
+// Put implements [StateStore]. It costs one request if the key is new or this
+// store wrote it last, two if others write it, too, and three when the store
+// finds that out.
 func (s *NATSStore) Put(key string, value []byte, ttl time.Duration) error {
 	ctx, m, err := s.beginPut("put", key, value, ttl)
 	if err != nil {
@@ -275,8 +278,8 @@ func (s *NATSStore) Put(key string, value []byte, ttl time.Duration) error {
 	return s.data.wrote("put", key, err)
 }
 
-// Update implements [Store]. It costs one request, or two if this store has not
-// seen the revision.
+// Update implements [Store]. It costs one request, two if this store has not seen
+// the revision, and three to create a key that another client has deleted.
 func (s *NATSStore) Update(key string, value []byte, ttl time.Duration, revision uint64) (uint64, error) {
 	ctx, m, err := s.beginPut("update", key, value, ttl)
 	if err != nil {
@@ -301,9 +304,9 @@ func (s *NATSStore) beginPut(verb, key string, value []byte, ttl time.Duration) 
 	return ctx, mutation{key: key, op: s.data.nextOp(), value: value, ttl: ttl}, nil
 }
 
-// Delete implements [StateStore]. It costs one request for a key that this store
-// wrote last, and one for a key that does not exist; two otherwise, and three if
-// others write the key meanwhile.
+// Delete implements [StateStore]. It costs one request if this store wrote the key
+// last or the key does not exist. Otherwise it costs two, or three if others write
+// the key meanwhile.
 func (s *NATSStore) Delete(key string) error {
 	ctx, m, err := s.beginDelete("delete", key)
 	if err != nil {
@@ -338,7 +341,7 @@ func (s *NATSStore) beginDelete(verb, key string) (context.Context, mutation, er
 }
 
 // Keys implements [StateStore]. It costs about four requests, and one more for
-// each 16,384 keys.
+// each 16,384 keys or 4 MiB. For a single key it costs one.
 func (s *NATSStore) Keys(pattern string) ([]string, error) {
 	ctx, p, err := s.beginPattern("keys", pattern)
 	if err != nil {
@@ -348,8 +351,7 @@ func (s *NATSStore) Keys(pattern string) ([]string, error) {
 	return keys, opError("keys", pattern, err)
 }
 
-// Entries implements [Store]. It costs about four requests, and one more for
-// each 16,384 entries or 4 MiB.
+// Entries implements [Store], at the cost of Keys.
 func (s *NATSStore) Entries(pattern string) ([]*KeyValue, error) {
 	ctx, p, err := s.beginPattern("entries", pattern)
 	if err != nil {
@@ -372,10 +374,12 @@ func (s *NATSStore) beginPattern(verb, text string) (context.Context, pattern, e
 	return ctx, p, err
 }
 
-// Watch implements [StateStore]. See [NATSStore] for when it ends. It costs two
-// requests, or one if the store watches the pattern already, and then a message
-// from the server for each change and one per second, for all watches of the
-// pattern together.
+// Watch implements [StateStore]. See [NATSStore] for when it ends. It costs three
+// requests, and then those of Keys in the background. If the store watches the
+// pattern already, it costs one. All watches of a pattern together receive a
+// message for each change and one per second. While it watches anything, the
+// store makes one request every two seconds, and a few more to keep messages
+// coming.
 func (s *NATSStore) Watch(pattern string) (<-chan *KeyValue, error) {
 	ctx, p, err := s.beginPattern("watch", pattern)
 	if err != nil {
@@ -435,10 +439,13 @@ func (s *NATSStore) follow(ctx context.Context, p pattern) (*source, error) {
 	}, nil
 }
 
-// Lock implements [StateStore]. The lock is a [Fenced]. Somebody who should not
-// hold it any more can be deposed by deleting the key from the bucket of locks.
-// It costs one request, or two if the lock is held or its last holder's lease
-// has lapsed.
+// Lock implements [StateStore]. The lock is a [Fenced]. To take the lock away from
+// its holder, delete its key from the bucket of locks.
+//
+// It costs one request, two if the lock is held, three if another client released
+// it in the last ten minutes, and up to four if its last lease has just lapsed.
+// The store's first Lock costs one more to find the bucket of locks, or two to
+// create it.
 func (s *NATSStore) Lock(key string, ttl time.Duration) (Lock, error) {
 	ctx, err := s.beginLock(key, ttl)
 	if err != nil {
@@ -467,7 +474,8 @@ func (s *NATSStore) awaitLock(ctx context.Context, key string, ttl time.Duration
 	return s.locks.await(ctx, key, ttl)
 }
 
-// LockHolder implements [Store]. It costs one request.
+// LockHolder implements [Store]. It costs one request, and one more while the store
+// has not used the bucket of locks yet.
 func (s *NATSStore) LockHolder(key string) (*LockInfo, error) {
 	ctx, err := s.begin("lock holder", key)
 	if err != nil {

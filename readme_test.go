@@ -433,6 +433,12 @@ func TestReadmeCosts(t *testing.T) {
 	update(s, "d")
 	require.NoError(t, rival.Put("d", nil, 0))
 	costs("Delete of a key that others write meanwhile", 3, func() error { return s.Delete("d") })
+	update(rival, "e")
+	require.NoError(t, rival.Delete("e"))
+	costs("Update that creates a key that another client has deleted", 3, func() error {
+		_, err := s.Update("e", nil, 0, 0)
+		return err
+	})
 
 	for i := range 100 {
 		require.NoError(t, rival.Put(fmt.Sprintf("many.%d", i), nil, 0))
@@ -441,10 +447,10 @@ func TestReadmeCosts(t *testing.T) {
 	costs("Entries", 4, func() error { _, err := s.Entries("*"); return err })
 
 	lock := lockOf(t, rival, "lock")
-	_, err := s.LockHolder("lock")
-	require.NoError(t, err)
+	costs("the first LockHolder", 2, func() error { _, err := s.LockHolder("lock"); return err })
 	costs("LockHolder", 1, func() error { _, err := s.LockHolder("lock"); return err })
 	require.NoError(t, lock.Unlock())
+	costs("Lock of a lock that another client has released", 3, func() error { _, err := s.Lock("lock", time.Hour); return err })
 
 	count := func() error {
 		_, err := Modify(ctx, s, "counter", func(*KeyValue) ([]byte, time.Duration, error) { return nil, 0, nil })
@@ -462,7 +468,7 @@ func TestReadmeCosts(t *testing.T) {
 	})
 
 	before := sent()
-	_, err = s.Watch("many.*")
+	_, err := s.Watch("many.*")
 	require.NoError(t, err)
 	eventually(t, func() bool {
 		s.feeds.mu.Lock()

@@ -15,7 +15,7 @@ import (
 	"example.com/state"
 )
 
-// Recipes: each is the shortest program that does it right, on any store.
+// Recipes: each is the shortest correct program, and works on any store.
 
 // An Instance is what an agent says about itself.
 type Instance struct {
@@ -32,8 +32,8 @@ func Register(ctx context.Context, store state.Store, name string, describe func
 	})
 }
 
-// FollowAgents calls changed for each agent that is there, that joins or whose
-// metadata changes, and with nil for each that leaves, until ctx ends.
+// FollowAgents calls changed for each agent that is present, joins or changes its
+// metadata, and with nil for each agent that leaves. It runs until ctx ends.
 func FollowAgents(ctx context.Context, store state.Store, changed func(name string, now *Instance)) error {
 	current, changes, err := state.Follow(ctx, store, "agents.*")
 	if err != nil {
@@ -61,7 +61,7 @@ func FollowAgents(ctx context.Context, store state.Store, changed func(name stri
 	return ctx.Err()
 }
 
-// A registry with metadata, whose readers follow who joins and leaves.
+// A registry with metadata. Its readers follow which agents join and leave.
 func ExampleFollow_registry() {
 	store := state.NewMemoryStore()
 	defer store.Close()
@@ -84,11 +84,11 @@ func ExampleFollow_registry() {
 	// ada has left
 }
 
-// Work does the tasks of a queue until ctx ends. Whoever wants something done
-// puts it under a key "tasks.<id>"; it is done when the key is gone. A lock is the
-// claim. If a worker dies, its lease lapses, and another worker takes over. One
-// that was paused for longer than its lease may do a task beside another worker;
-// then one of the two fails to delete it.
+// Work does the tasks of a queue until ctx ends. To add a task, put it under a key
+// "tasks.<id>"; the task is done when the key is gone. A worker claims a task with
+// a lock. If it dies, its lease lapses, and another worker takes over. If a worker
+// is paused for longer than its lease, two workers may do the same task; then only
+// one of them deletes it.
 func Work(ctx context.Context, store state.Store, lease time.Duration, do func(ctx context.Context, task []byte) error) error {
 	tasks, changes, err := state.Follow(ctx, store, "tasks.*")
 	if err != nil {
@@ -103,7 +103,7 @@ func Work(ctx context.Context, store state.Store, lease time.Duration, do func(c
 		err = state.Hold(ctx, lock, lease, func(ctx context.Context, _ uint64) error {
 			kv, err := store.GetKeyValue(key)
 			if err != nil {
-				return err // ErrNotFound: somebody has done it
+				return err // ErrNotFound: another worker has done it
 			}
 			if err := do(ctx, kv.Value); err != nil {
 				return err
@@ -118,7 +118,7 @@ func Work(ctx context.Context, store state.Store, lease time.Duration, do func(c
 		open[kv.Key] = true
 		attempt(kv.Key)
 	}
-	again := time.NewTicker(lease / 2) // somebody may have died over a task
+	again := time.NewTicker(lease / 2) // the worker of a task may have died
 	defer again.Stop()
 	for {
 		select {
@@ -140,7 +140,7 @@ func Work(ctx context.Context, store state.Store, lease time.Duration, do func(c
 	}
 }
 
-// A queue whose tasks are claimed once, and claimed again after a death.
+// A queue whose tasks are claimed by one worker, and by another one if that dies.
 func ExampleHold_queue() {
 	store := state.NewMemoryStore()
 	defer store.Close()
@@ -179,7 +179,7 @@ func Lead(ctx context.Context, store state.Store, work func(ctx context.Context,
 	return ctx.Err()
 }
 
-// A Schedule is written by leaders only, and has the last writer's token.
+// Only leaders write a Schedule. It contains the last writer's token.
 type Schedule struct {
 	Token uint64
 	Text  string
@@ -187,8 +187,8 @@ type Schedule struct {
 
 var errDeposed = errors.New("somebody else leads now")
 
-// WriteSchedule writes the schedule on behalf of the leader with that token. One
-// that was paused, and does not know that it was replaced, is refused.
+// WriteSchedule writes the schedule for the leader with that token. It refuses a
+// leader that was replaced while it was paused.
 func WriteSchedule(ctx context.Context, store state.Store, token uint64, text string) error {
 	_, err := state.Modify(ctx, store, "schedule", func(old *state.KeyValue) ([]byte, time.Duration, error) {
 		var last Schedule
@@ -251,8 +251,8 @@ func ExampleNewCache_configuration() {
 	}
 	fmt.Println(sum)
 
-	// The cache has a change soon after it was made. Whoever must see a certain
-	// one waits for its revision.
+	// The cache lags a little. To be sure that it has a certain change, wait for
+	// its revision.
 	revision, _ := state.Modify(ctx, store, "config.limit", func(*state.KeyValue) ([]byte, time.Duration, error) {
 		return []byte("20"), 0, nil
 	})
@@ -264,8 +264,8 @@ func ExampleNewCache_configuration() {
 	// 20
 }
 
-// AtMost runs fn while at most n callers of the same name do, on all machines.
-// Each of n locks is a place.
+// AtMost runs fn, with at most n callers of the same name at a time on all
+// machines. Each place is a lock.
 func AtMost(ctx context.Context, store state.Store, name string, n int, fn func(ctx context.Context, token uint64) error) error {
 	const lease = 10 * time.Second
 	for {
@@ -278,7 +278,7 @@ func AtMost(ctx context.Context, store state.Store, name string, n int, fn func(
 				return err
 			}
 		}
-		// Wait for any one of them, but not for ever: another may be free before.
+		// Wait for one of them, but not for ever: another may be free sooner.
 		wait, cancel := context.WithTimeout(ctx, time.Second)
 		lock, err := state.Acquire(wait, store, fmt.Sprintf("%s.%d", name, rand.N(n)), lease)
 		cancel()
@@ -293,7 +293,7 @@ func AtMost(ctx context.Context, store state.Store, name string, n int, fn func(
 	}
 }
 
-// A semaphore: at most so many at a time.
+// A semaphore: at most three at a time.
 func ExampleAcquire_semaphore() {
 	store := state.NewMemoryStore()
 	defer store.Close()
@@ -335,7 +335,7 @@ func Count(ctx context.Context, store state.Store, key string, add int) (n int, 
 	return n, err
 }
 
-// A counter that loses no count, however many count at a time.
+// A counter that loses no count, however many callers there are.
 func ExampleModify_counter() {
 	store := state.NewMemoryStore()
 	defer store.Close()

@@ -11,9 +11,9 @@ import (
 
 // A lockWaiter is a store that can wait for a lock without polling.
 type lockWaiter interface {
-	// awaitLock waits for a lock until ctx ends. It returns ErrLockHeld only
-	// then, if somebody held the lock to the last, and any other error of Lock at
-	// once. ctx does not bound the Refresh of the lock.
+	// awaitLock waits for a lock until ctx ends. It returns ErrLockHeld if
+	// somebody still held the lock then, and any other error of Lock at once. ctx
+	// does not bound the Refresh of the lock.
 	awaitLock(ctx context.Context, key string, ttl time.Duration) (Lock, error)
 }
 
@@ -27,20 +27,20 @@ const (
 )
 
 // Acquire acquires a lock on any store. It waits while somebody holds the lock,
-// and through outages, until ctx ends. Waiters are not queued: the one that comes
-// first when the lock is released gets it.
+// and through outages, until ctx ends. Waiters are not queued: the first to ask
+// after a release gets the lock.
 //
-// It returns [ErrClosed], [ErrInvalidKey] and [ErrInvalidTTL] at once, and
-// [ErrLockExpired] if ten leases in a row had lapsed by the time that the answer
-// arrived: the TTL is too short for the way to the store. When ctx ends it returns
-// the bare [ErrLockHeld] if somebody held the lock to the last, else an error that
+// It returns [ErrClosed], [ErrInvalidKey] and [ErrInvalidTTL] at once. It returns
+// [ErrLockExpired] if ten leases in a row had lapsed when the answer arrived: the
+// TTL is too short for the distance to the store. When ctx ends, it returns the
+// bare [ErrLockHeld] if somebody still held the lock, and otherwise an error that
 // wraps the context's and the last failure.
 //
-// ctx takes the place of a context that store is bound to, and bounds the
-// acquisition only: the lock can be refreshed after ctx has ended. On both stores
-// waiting does not poll; a release or the end of the lease wakes a waiter. On a
-// store that wraps one of them Acquire tries again after pauses that grow to a
-// second, and when the lease of the holder ends.
+// ctx replaces any context that store is bound to. It bounds the acquisition only:
+// the lock can be refreshed after ctx has ended. On both stores waiting does not
+// poll; a release or the end of the lease wakes a waiter. ([NATSStoreConfig] names
+// the exceptions.) On a store that wraps one of them, Acquire tries again after
+// pauses that grow to a second, and when the holder's lease ends.
 func Acquire(ctx context.Context, store StateStore, key string, ttl time.Duration) (Lock, error) {
 	lock, _, err := acquire(ctx, store, key, ttl)
 	return lock, err
@@ -145,21 +145,22 @@ func validUntil(lock Lock) time.Time {
 // runs, and unlocks it on every way out, panics included. ttl is the TTL that the
 // lock was acquired with. A ttl of a few milliseconds cannot be kept up.
 //
-// fn starts with at least two thirds of the lease left; if they are not, or Hold
-// cannot know, the lock is refreshed first. The context that fn gets ends with
-// ctx, and when the lease can no longer be counted on, by the local clock and even
-// if no packet gets through; its cause is then [ErrLockExpired]. fn should stop
-// then: soon somebody else may hold the lock. The token is the fencing token of
-// [Fenced], or 0 if the lock has none; pass it on to what the lock protects.
+// fn starts with at least two thirds of the lease left. If less is left, or Hold
+// cannot know, it refreshes the lock first. The context that fn gets ends with
+// ctx. It also ends when the lease can no longer be counted on by the local clock,
+// even if no packet gets through; its cause is then [ErrLockExpired]. fn should
+// stop then, because somebody else may soon hold the lock. The token is the
+// fencing token of [Fenced], or 0 if the lock has none; pass it to the resource
+// that the lock protects.
 //
-// The error tells apart:
-//   - fn was not called: ErrLockExpired or [ErrLockNotHeld] if the lock was lost
-//     before, an error that wraps the context's if ctx ended before, [ErrClosed]
-//     or [ErrInvalidTTL].
-//   - The lease was lost while fn ran: errors.Is says ErrLockExpired, and the
-//     error wraps what fn returned, if it returned an error other than its
-//     context's own.
-//   - Otherwise it is what fn returned.
+// Hold returns:
+//   - if fn was not called: ErrLockExpired or [ErrLockNotHeld] if the lock was
+//     lost before, an error that wraps the context's if ctx ended before,
+//     [ErrClosed] or [ErrInvalidTTL].
+//   - if the lease was lost while fn ran: an error for which errors.Is reports
+//     ErrLockExpired. It also wraps the error of fn, unless that is the error of
+//     fn's context.
+//   - otherwise: what fn returned.
 //
 // It costs a request each third of the TTL and one to unlock.
 func Hold(ctx context.Context, lock Lock, ttl time.Duration, fn func(ctx context.Context, token uint64) error) error {
@@ -170,16 +171,16 @@ func Hold(ctx context.Context, lock Lock, ttl time.Duration, fn func(ctx context
 // WithLock is [Acquire] and then [Hold]: it runs fn while it holds the lock of key,
 // on any store.
 //
-// The error tells apart:
-//   - The lock was not acquired before ctx ended: the bare [ErrLockHeld] if
-//     somebody held it to the last, else an error that wraps the context's. fn
-//     was not called.
-//   - It cannot be acquired: an error of Acquire. fn was not called. ErrLockExpired
-//     is among them, if ten leases in a row lapsed before fn could be called.
-//   - The lease was lost while fn ran: errors.Is says ErrLockExpired, and the
-//     error wraps what fn returned, if it returned an error other than its
-//     context's own.
-//   - Otherwise it is what fn returned.
+// WithLock returns:
+//   - if ctx ended before the lock was acquired: the bare [ErrLockHeld] if
+//     somebody still held it, and otherwise an error that wraps the context's.
+//     fn was not called.
+//   - if the lock cannot be acquired: another error of Acquire. fn was not called.
+//     It is ErrLockExpired if ten leases in a row lapsed before fn could be called.
+//   - if the lease was lost while fn ran: an error for which errors.Is reports
+//     ErrLockExpired. It also wraps the error of fn, unless that is the error of
+//     fn's context.
+//   - otherwise: what fn returned.
 func WithLock(ctx context.Context, store StateStore, key string, ttl time.Duration, fn func(ctx context.Context, token uint64) error) error {
 	retry := backoff{minLockPause, maxLockPause}
 	for lapsed := 1; ; lapsed++ {

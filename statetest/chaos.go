@@ -8,19 +8,19 @@ import (
 	"time"
 )
 
-// Rates say how often Chaos does what, as probabilities between 0 and 1: for
-// each call to which it can happen or, for watches, for each event.
+// Rates are the probabilities, between 0 and 1, of the faults of Chaos: for each
+// call that the fault can affect or, for watches, for each event.
 type Rates struct {
 	Fail        float64 // a call fails and is not applied
 	Deny        float64 // a call is refused for lack of permission
 	Slow        float64 // a call takes up to five seconds
 	LoseRequest float64 // a call is not answered, and not applied
 	LoseAnswer  float64 // a write is applied, and its answer lost
-	ApplyLate   float64 // a write is not answered, and applied late, perhaps after those of others
+	ApplyLate   float64 // a write is not answered, and applied late, perhaps after other writes
 
 	Unreachable float64       // the connection breaks
 	MaxOutage   time.Duration // for how long at the most
-	Pause       float64       // the process stands still
+	Pause       float64       // the process is paused
 	MaxPause    time.Duration // for how long at the most
 
 	TakeAway float64 // a Refresh or Unlock finds that the lock was taken away
@@ -32,8 +32,8 @@ type Rates struct {
 	SkipReplaced float64       // a watch skips a replaced state
 }
 
-// DefaultRates returns rates at which a call in twelve or so meets a fault: much
-// more often than in production, and rarely enough for a program to get on.
+// DefaultRates returns rates at which about one call in twelve meets a fault: much
+// more often than in production, but rarely enough for a program to make progress.
 func DefaultRates() Rates {
 	return Rates{
 		Fail:         0.01,
@@ -54,15 +54,15 @@ func DefaultRates() Rates {
 	}
 }
 
-// Chaos makes the store do to the program a random mix of everything, from now on
-// and until [Store.Heal]. What [Store.On] says of a call goes first. If t fails,
-// the seed and the faults are logged when it ends; t may be nil.
+// Chaos causes a random mix of faults at the given rates, from now until
+// [Store.Heal]. Rules of [Store.On] take precedence. If t fails, the seed and the
+// faults are logged when it ends; t may be nil.
 //
-// What happens to a call depends on the seed, the method, the key and the number
-// of such calls before it, and on nothing else. So a program that does the same
-// meets the same faults; inside a testing/synctest bubble, where the time at
-// which they happen is the same, too, a test that failed fails again with the seed
-// that it has logged. Give each Store of a test a seed of its own.
+// What happens to a call depends only on the seed, the method, the key and the
+// number of such calls before it. So a program that makes the same calls meets the
+// same faults. In a testing/synctest bubble they also happen at the same time, so
+// a test that failed fails again with the seed that it logged. Give each Store of
+// a test a different seed.
 func (s *Store) Chaos(t testing.TB, seed uint64, rates Rates) {
 	s.mu.Lock()
 	s.chaos = &chaos{seed, rates}

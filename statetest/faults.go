@@ -56,10 +56,10 @@ func (op Op) String() string {
 // writes reports whether the outcome of a call of op can be unknown.
 func (op Op) writes() bool { return op&(Writes|Lock|Refresh|Unlock) != 0 }
 
-// On selects calls to say what happens to them: those of the methods op, whose
-// key, lock name or pattern matches pattern as [state.MatchPattern] has it. Of
-// these it is the next one, unless Nth, Times, Always or For says otherwise.
-// Nothing happens before a method of Calls that returns a [Rule] is called.
+// On selects calls of the methods op whose key, lock name or pattern matches
+// pattern, by [state.MatchPattern]. It selects only the next such call, unless
+// Nth, Times, Always or For says otherwise. It has no effect until a method of
+// Calls that returns a [Rule] is called.
 //
 //	s.On(statetest.Put, "agents.*").Fail(err)
 //	s.On(statetest.Lock, "leader").Nth(3).LoseAnswer()
@@ -72,7 +72,7 @@ func (s *Store) On(op Op, pattern string) Calls {
 	return Calls{s: s.core, op: op, pattern: pattern, nth: 1, times: 1}
 }
 
-// Calls are the calls to which something is to happen, see [Store.On].
+// Calls are the calls that a fault affects, see [Store.On].
 type Calls struct {
 	s       *core
 	op      Op
@@ -97,11 +97,11 @@ func (c Calls) For(d time.Duration) Calls {
 	return c
 }
 
-// Fail makes the call fail with err at once, and nothing is written. Documented
+// Fail makes the call fail with err at once. Nothing is written. Documented
 // outcomes, such as [state.ErrValueTooLarge], [state.ErrStoreFull] or
-// [state.ErrConflict], are returned as they are; others are wrapped, as a store
-// wraps them. Fail panics if err is a [state.ErrOutcomeUnknown], since nothing was
-// written; LoseAnswer and its kin are for that.
+// [state.ErrConflict], are returned as they are; other errors are wrapped, as a
+// store wraps them. Fail panics if err is a [state.ErrOutcomeUnknown], since
+// nothing was written; use LoseAnswer, LoseRequest or ApplyLate for that.
 func (c Calls) Fail(err error) *Rule {
 	if errors.Is(err, state.ErrOutcomeUnknown) {
 		panic("statetest: Fail with ErrOutcomeUnknown; use LoseAnswer, LoseRequest or ApplyLate")
@@ -109,9 +109,9 @@ func (c Calls) Fail(err error) *Rule {
 	return c.rule(effect{what: "failed: " + err.Error(), refuse: err})
 }
 
-// Deny makes the call fail as one for which the connection's user lacks a
-// permission: after the two seconds for which a NATSStore waits for an answer,
-// with an error that wraps [context.DeadlineExceeded]. Nothing is written.
+// Deny makes the call fail as if the connection's user lacked a permission: with
+// an error that wraps [context.DeadlineExceeded], after the two seconds for which
+// a NATSStore waits for an answer. Nothing is written.
 func (c Calls) Deny() *Rule { return c.rule(denied) }
 
 var denied = effect{
@@ -121,18 +121,19 @@ var denied = effect{
 }
 
 // LoseAnswer applies a write at once and loses its answer. The call fails after
-// five seconds, or when its context ends, with an error that wraps
-// [state.ErrOutcomeUnknown]; one that does not write with an error that wraps
+// five seconds, or when its context ends. The error wraps
+// [state.ErrOutcomeUnknown] or, if the call does not write,
 // [context.DeadlineExceeded].
 //
-// A Lock whose answer is lost holds the lock for nobody until its lease lapses.
-// The lease that Refresh extended lapses for its holder as if it had not.
+// After a Lock whose answer is lost, nobody holds the lock, and nobody can get it
+// until the lease lapses. After such a Refresh, the lease lapses for its holder as
+// if it had not been extended.
 func (c Calls) LoseAnswer() *Rule {
 	return c.rule(effect{what: "answer lost", lost: true})
 }
 
-// LoseRequest is LoseAnswer, but nothing is applied. The call hangs until it
-// gives up after five seconds, or until its context ends.
+// LoseRequest is LoseAnswer, but nothing is applied. The call hangs for five
+// seconds, or until its context ends.
 func (c Calls) LoseRequest() *Rule {
 	return c.rule(effect{what: "request lost", lost: true, never: true})
 }
@@ -140,8 +141,8 @@ func (c Calls) LoseRequest() *Rule {
 // ApplyLate is LoseAnswer, but a write is applied only d after the call has
 // failed, at most ten seconds. An Update or DeleteRevision is applied only if
 // its revision is still the current one, a Put or Delete in any case, a Refresh
-// or Unlock only if nothing else has become of the lock since. ApplyLate on
-// Unlock hands the lock over late.
+// or Unlock only if the lock has not changed since. ApplyLate on Unlock releases
+// the lock late.
 func (c Calls) ApplyLate(d time.Duration) *Rule { return c.rule(late(d)) }
 
 func late(d time.Duration) effect {
@@ -149,17 +150,16 @@ func late(d time.Duration) effect {
 	return effect{what: fmt.Sprintf("answer lost, applied %v later", d), lost: true, delay: d}
 }
 
-// ApplyBehind is ApplyLate, but the write of a key is applied after n further
-// changes of this key by anyone, ten seconds after the call has failed at the
-// latest.
+// ApplyBehind is ApplyLate, but the write is applied after n further changes of
+// its key by anyone, and at the latest ten seconds after the call has failed.
 func (c Calls) ApplyBehind(n int) *Rule { return c.rule(behind(n)) }
 
 func behind(n int) effect {
 	return effect{what: fmt.Sprintf("answer lost, applied after %d changes", n), lost: true, behind: n}
 }
 
-// Slow makes the call take d. It is carried out halfway. A call that would take
-// five seconds or more fails after five, as with LoseAnswer.
+// Slow makes the call take d. The call takes effect after half of that time. A
+// call that would take five seconds or more fails after five, as with LoseAnswer.
 func (c Calls) Slow(d time.Duration) *Rule { return c.rule(slow(d)) }
 
 func slow(d time.Duration) effect {
@@ -171,37 +171,38 @@ func slow(d time.Duration) effect {
 }
 
 // Unreachable breaks the connection for d, as [Store.Unreachable] does, while the
-// call is on its way: nobody answers it. If it writes and the connection is not back
-// in five seconds, it fails with [state.ErrOutcomeUnknown]; nothing was written.
+// call is in progress, so that it gets no answer. If it writes and the connection
+// is not back in five seconds, it fails with [state.ErrOutcomeUnknown]; nothing
+// was written.
 func (c Calls) Unreachable(d time.Duration) *Rule { return c.rule(unreachable(d)) }
 
 func unreachable(d time.Duration) effect {
 	return effect{what: fmt.Sprintf("unreachable for %v", d), outage: d}
 }
 
-// Pause makes the process stand still for d, as [Store.Pause] does, in the worst
-// place: after the call has found its context alive, and before its request goes
-// out. A write is applied d later even if its context has ended in the meantime;
-// it fails with the context's error then.
+// Pause pauses the process for d, as [Store.Pause] does, at the worst time: after
+// the call has checked its context, and before it sends its request. A write is
+// applied d later even if its context has ended in the meantime; it then fails
+// with the context's error.
 //
-// Pause a holder of a lock at its next write for longer than the TTL, and it
-// writes although somebody else holds the lock: the write has to carry its
-// fencing token, and what it writes to has to refuse it.
+// If you pause the holder of a lock at its next write for longer than the TTL, it
+// writes although somebody else may hold the lock. The write must carry the
+// fencing token, and the resource must refuse it.
 func (c Calls) Pause(d time.Duration) *Rule { return c.rule(pause(d)) }
 
 func pause(d time.Duration) effect {
 	return effect{what: fmt.Sprintf("paused for %v", d), pause: d}
 }
 
-// TakeAway makes the call, a Refresh or Unlock, find that the lock has been
-// taken away from its holder, see [Store.TakeAway].
+// TakeAway takes the lock away from its holder just before the call, a Refresh or
+// Unlock. See [Store.TakeAway].
 func (c Calls) TakeAway() *Rule {
 	return c.rule(effect{what: "taken away", takeAway: true})
 }
 
-// Lapse makes the call, a Lock, grant a lock whose lease lapses unnoticed: no
-// Refresh of it gets through, each fails after five seconds as with LoseRequest.
-// Its holder sees it lapse by its own clock only.
+// Lapse makes the call, a Lock, grant a lock that cannot be refreshed: each
+// Refresh fails after five seconds, as with LoseRequest. The holder can see the
+// lease lapse only by its local clock.
 func (c Calls) Lapse() *Rule {
 	return c.rule(effect{what: "refreshes will be lost", deaf: true})
 }
@@ -243,7 +244,7 @@ type Rule struct {
 	seen, hits, left int
 }
 
-// Stop ends the rule. What it has begun goes on.
+// Stop ends the rule. Faults that it has already caused continue.
 func (r *Rule) Stop() {
 	s := r.calls.s
 	s.mu.Lock()
@@ -251,10 +252,11 @@ func (r *Rule) Stop() {
 	s.rules = slices.DeleteFunc(s.rules, func(other *Rule) bool { return other == r })
 }
 
-// Happened is closed when the rule has met its first call, before that returns.
+// Happened returns a channel that is closed when the rule affects its first call,
+// before that call returns.
 func (r *Rule) Happened() <-chan struct{} { return r.happened }
 
-// Count returns how many calls the rule has met.
+// Count returns how many calls the rule has affected.
 func (r *Rule) Count() int {
 	r.calls.s.mu.Lock()
 	defer r.calls.s.mu.Unlock()
@@ -321,12 +323,13 @@ func (s *core) gatesLocked() bool {
 }
 
 // Unreachable breaks the connection to the server for d from now. In this time
-// calls fail as those of a NATSStore do, after five seconds without a connection:
-// reads and Watch with an error that wraps [context.DeadlineExceeded], writes
-// with one that does not wrap [state.ErrOutcomeUnknown], for they were not sent; or
-// earlier, when their context ends. A call that is on its way and writes fails
-// with ErrOutcomeUnknown. What begins less than five seconds before the end
-// succeeds. Watches are cut off, see [Watches.CutOff]; leases lapse.
+// calls fail as those of a NATSStore do, after five seconds without a connection
+// or when their context ends. The error of reads and Watch wraps
+// [context.DeadlineExceeded]. The error of writes does not wrap
+// [state.ErrOutcomeUnknown], since they were not sent; only a write that is in
+// progress when the connection breaks fails with ErrOutcomeUnknown. A call that
+// begins less than five seconds before the end succeeds. Watches are cut off, see
+// [Watches.CutOff]; leases lapse.
 func (s *Store) Unreachable(d time.Duration) {
 	s.note("", "", 0, unreachable(d).what)
 	s.disconnect(d)
@@ -339,11 +342,11 @@ func (s *core) disconnect(d time.Duration) {
 	s.cutOff("*", d)
 }
 
-// Pause makes the process stand still for d from now, as a garbage collector, a
-// scheduler or a closed laptop can: calls begin when it is over, not even ended by
-// their context, and watches deliver nothing until then. The test's clock runs
-// on, and with it the timers of the program; those of a real process that was
-// paused run late, too, but never earlier than here.
+// Pause pauses the process for d from now, as a garbage collection, the scheduler
+// or a closed laptop can. Until the pause is over, calls wait, even if their
+// context ends, and watches deliver nothing. The program's timers are not paused,
+// since they follow the test's clock. In a real process that was paused they fire
+// late, but never earlier than here.
 func (s *Store) Pause(d time.Duration) {
 	s.note("", "", 0, pause(d).what)
 	s.stop(d)
@@ -356,8 +359,8 @@ func (s *core) stop(d time.Duration) {
 	s.cutOff("*", d)
 }
 
-// Heal ends everything that On, Unreachable, Pause, CutOff and Chaos began and
-// that is still going on. Writes that are on their way are still applied.
+// Heal ends all faults that On, Unreachable, Pause, CutOff and Chaos began. Late
+// writes are still applied.
 func (s *Store) Heal() {
 	s.mu.Lock()
 	now := time.Now()
@@ -378,7 +381,7 @@ type Fault struct {
 	At   time.Duration // since Wrap
 	Op   string        // the method, or "event" for what happened to a watch; empty if to all
 	Key  string        // the key, lock name or pattern
-	N    int           // the how-manieth call of the method with this key, or event
+	N    int           // the number of the call of the method with this key, or of the event
 	What string
 }
 
@@ -390,8 +393,8 @@ func (f Fault) String() string {
 	return fmt.Sprintf("%v %s %q #%d: %s", f.At, f.Op, f.Key, f.N, f.What)
 }
 
-// Faults returns what the store has done to the program so far, in the order in
-// which it happened. What happened at the same time is sorted.
+// Faults returns the faults so far, in the order in which they happened. Faults of
+// the same time are sorted.
 func (s *Store) Faults() []Fault {
 	s.mu.Lock()
 	faults := slices.Clone(s.faults)

@@ -195,10 +195,10 @@ func (l *lock) Unlock() error {
 	})
 }
 
-// TakeAway takes the lock of key away from the holder that was granted it by s,
-// as an operator does who deletes its record: it is free at once. The holder is
-// not told; Refresh says [state.ErrLockExpired] then, and Unlock
-// [state.ErrLockNotHeld]. It reports whether the lock was held.
+// TakeAway takes the lock of key away from a holder that acquired it from s, as an
+// operator does by deleting its record. The lock is free at once. The holder
+// notices only when Refresh returns [state.ErrLockExpired] or Unlock
+// [state.ErrLockNotHeld]. TakeAway reports whether the lock was held.
 func (s *Store) TakeAway(key string) bool {
 	s.mu.Lock()
 	l := s.locks[key]

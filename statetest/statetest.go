@@ -27,13 +27,13 @@ const (
 	maxCutOff = time.Hour
 )
 
-// A Store is a [state.Store] around another one, which it calls the store
-// below. Until it is told otherwise it behaves exactly as the store below.
+// A Store is a [state.Store] that wraps another one, the store below. Without
+// faults it behaves exactly as the store below.
 //
-// One Store stands for one process and its connection: what is said of it
-// happens to all who use it, and to nobody who uses the store below in another
-// way. To test several agents, give each a Store of its own around a client of
-// its own, see [state.MemoryStore.Client].
+// One Store stands for one process and its connection: its faults affect all who
+// use it, and nobody who uses the store below in another way. To test several
+// agents, give each a separate Store around a separate client, see
+// [state.MemoryStore.Client].
 //
 // All methods are safe for concurrent use.
 type Store struct {

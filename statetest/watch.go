@@ -236,16 +236,15 @@ func (w *watch) heal() {
 	w.release()
 }
 
-// Watches are the watches that run at a time, see [Store.Watches].
+// Watches are the watches that are running, see [Store.Watches].
 type Watches struct {
 	s       *core
 	pattern string
 }
 
-// Watches selects, to say what happens to them, the watches that are running and
-// whose pattern matches pattern as [state.MatchPattern] has it: "*" selects all,
-// "config.*" those of "config.*" and of "config.timeout". For watches that are
-// yet to begin, see [Store.On].
+// Watches selects the running watches whose pattern matches pattern, by
+// [state.MatchPattern]: "*" selects all, and "config.*" those of "config.*" and of
+// "config.timeout". For future watches, see [Store.On].
 func (s *Store) Watches(pattern string) Watches {
 	return Watches{s.core, pattern}
 }
@@ -253,23 +252,22 @@ func (s *Store) Watches(pattern string) Watches {
 // Len returns how many watches there are.
 func (ws Watches) Len() int { return len(ws.s.running(ws.pattern)) }
 
-// End ends the watches: their channels are closed when it returns. What waited
-// to be delivered is lost.
+// End ends the watches: their channels are closed when it returns. Events that
+// were not delivered yet are lost.
 func (ws Watches) End() {
 	ws.each("ended", (*watch).end)
 }
 
-// CutOff cuts the watches off for d from now. Then they deliver the last state
-// of every key that changed: a state that was replaced in between is skipped. After
-// more than an hour they end instead, as they would on NATS, where the markers of
-// what was deleted have gone by then.
+// CutOff cuts the watches off for d from now. Then they deliver the last state of
+// every key that changed, and skip the states that were replaced in between. After
+// more than an hour they end instead, as on NATS, where the markers of deleted
+// keys are gone by then.
 func (ws Watches) CutOff(d time.Duration) {
 	ws.each(fmt.Sprintf("cut off for %v", d), func(w *watch) { w.cutOff(d) })
 }
 
-// SkipReplaced makes the watches skip a state that is replaced. They hold back
-// what comes until a state has been replaced that was not delivered, and for no
-// more than a second.
+// SkipReplaced makes the watches skip a state that is replaced. They hold events
+// back until one of them has been replaced, for at most a second.
 func (ws Watches) SkipReplaced() {
 	ws.each("skips a replaced state", func(w *watch) {
 		// The second begins with the next event.

@@ -13,13 +13,13 @@ import (
 const (
 	leaderLease = 1500 * time.Millisecond // a dead leader is replaced after this time
 	taskLease   = time.Second             // the task of a dead worker is taken over after this time
-	heartbeat   = time.Second             // an agent that is silent for this long is gone
+	heartbeat   = time.Second             // an agent that is silent for this long counts as dead
 	planEvery   = 150 * time.Millisecond
 	keepRecords = time.Minute // of terms, and of tasks that are done
 )
 
-// An Agent is one member of the swarm. All that it knows of the others it knows
-// from the store:
+// An Agent is one member of the swarm. It knows the others only from the store,
+// which holds these keys:
 //
 //	agents.<name>    exists while the agent is alive
 //	config.pace      is how long a task takes
@@ -31,10 +31,10 @@ type Agent struct {
 	Name  string
 	Store state.Store
 
-	// Tell is called with what goes wrong, from several goroutines.
+	// Tell reports failures. It is called from several goroutines.
 	Tell func(format string, args ...any)
 	// Terms is called when the agent becomes the leader, and whenever it acts
-	// as one.
+	// as the leader.
 	Terms func(Term)
 	// Midway, unless nil, is called in the middle of every task.
 	Midway func(task string)
@@ -47,15 +47,15 @@ type Agent struct {
 	running     sync.WaitGroup
 }
 
-// A Term is the time during which an agent was the leader, as far as it has
-// acted as one.
+// A Term is the time in which an agent was the leader. Until is when it last acted
+// as the leader.
 type Term struct {
 	Leader         string
 	Token          uint64
 	Granted, Until time.Time
 }
 
-// Start sets the agent to work, until Stop.
+// Start starts the agent, which runs until Stop.
 func (a *Agent) Start() (err error) {
 	ctx, stop := context.WithCancel(context.Background())
 	defer func() {
@@ -83,7 +83,7 @@ func (a *Agent) Start() (err error) {
 	return nil
 }
 
-// Resign makes the agent stop leading, and not try again.
+// Resign makes the agent stop leading for good.
 func (a *Agent) Resign() {
 	a.stopLeading()
 	a.leading.Wait()
@@ -96,7 +96,7 @@ func (a *Agent) Stop() {
 	a.running.Wait()
 }
 
-// Pace returns how long a task takes, as far as the agent knows.
+// Pace returns how long a task takes, by the agent's cache.
 func (a *Agent) Pace() time.Duration {
 	value, _ := a.config.Get("config.pace")
 	pace, _ := time.ParseDuration(string(value))
@@ -114,8 +114,8 @@ func (a *Agent) campaign(ctx context.Context) {
 	}
 }
 
-// lead plans tasks until ctx ends, which it does when the lock is lost. The
-// token is part of their names: a later leader has a higher one, so that two
+// lead plans tasks until ctx ends, for instance because the lock was lost. The
+// names of the tasks contain the token. A later leader has a higher token, so two
 // leaders never plan tasks of the same name.
 func (a *Agent) lead(ctx context.Context, token uint64) error {
 	now := time.Now()
@@ -137,13 +137,13 @@ func (a *Agent) lead(ctx context.Context, token uint64) error {
 	return nil
 }
 
-// work does the tasks that nobody else does.
+// work does open tasks until ctx ends.
 func (a *Agent) work(ctx context.Context, tasks []*state.KeyValue, changes <-chan *state.KeyValue) {
 	a.open = make(map[string]bool)
 	for _, kv := range tasks {
 		a.note(kv)
 	}
-	// A task that is open and locked may have been given up by an agent that died.
+	// An open task that was locked may be free again, because its worker died.
 	look := time.NewTicker(taskLease / 2)
 	defer look.Stop()
 	for {
@@ -163,7 +163,7 @@ func (a *Agent) work(ctx context.Context, tasks []*state.KeyValue, changes <-cha
 	}
 }
 
-// note reports whether a task is open.
+// note updates the set of open tasks, and reports whether this one is open.
 func (a *Agent) note(kv *state.KeyValue) (open bool) {
 	if open = string(kv.Value) == "open"; open {
 		a.open[kv.Key] = true
@@ -173,12 +173,12 @@ func (a *Agent) note(kv *state.KeyValue) (open bool) {
 	return open
 }
 
-// do does a task, unless somebody else is doing it or has done it. If it fails,
-// the task stays open, and is tried again.
+// do does a task, unless another agent is doing it or has done it. If it fails,
+// the task stays open and is tried again later.
 //
-// The lock keeps two agents from doing the same work. Update makes sure that the
-// task is done only once, whatever happens to locks and agents: it writes only
-// on top of the "open" that was read under the lock.
+// The lock keeps two agents from doing the same work. Update ensures that the task
+// is marked as done only once, even if the lock is lost: it writes only if the
+// task is unchanged since it was read under the lock.
 func (a *Agent) do(ctx context.Context, task string) {
 	lock, err := a.Store.WithContext(ctx).Lock(task, taskLease)
 	if err == nil {
@@ -205,7 +205,7 @@ func (a *Agent) do(ctx context.Context, task string) {
 	case err == nil:
 		delete(a.open, task)
 	case err == state.ErrLockHeld, err == state.ErrConflict, ctx.Err() != nil:
-		// Somebody else is doing it, or has done it, or this agent stops.
+		// Another agent is doing it or has done it, or this agent stops.
 	default:
 		a.Tell("task %s: %v", task, err)
 	}
@@ -214,12 +214,12 @@ func (a *Agent) do(ctx context.Context, task string) {
 // doneBy begins the record of a task that is done.
 const doneBy = "done by "
 
-// doer returns who did a task, by its record.
+// doer returns the name of the agent that did a task.
 func doer(kv *state.KeyValue) (name string, done bool) {
 	return strings.CutPrefix(string(kv.Value), doneBy)
 }
 
-// sleep waits, and reports whether it did so to the end.
+// sleep waits for d. It reports false if ctx ended first.
 func sleep(ctx context.Context, d time.Duration) bool {
 	select {
 	case <-time.After(d):

@@ -17,8 +17,8 @@ import (
 	"example.com/state/statetest"
 )
 
-// TestSwarmForAnHour runs agents for an hour, which in memory and in a bubble
-// takes a few seconds. Every ten minutes the leader resigns.
+// TestSwarmForAnHour runs agents for an hour, which takes a few seconds in memory
+// and in a bubble. Every ten minutes the leader resigns.
 func TestSwarmForAnHour(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := state.NewMemoryStore()
@@ -52,7 +52,7 @@ func TestSwarmForAnHour(t *testing.T) {
 				}
 			}
 		}
-		time.Sleep(time.Minute) // what is left is done
+		time.Sleep(time.Minute) // the agents finish the open tasks
 		for _, a := range agents {
 			a.Stop()
 		}
@@ -76,8 +76,8 @@ func TestSwarmForAnHour(t *testing.T) {
 	})
 }
 
-// TestSwarmOutlivesFailures has all locks and then all watches of the agents
-// fail for a while. They go on afterwards, and leave nothing behind.
+// TestSwarmOutlivesFailures makes all locks and then all watches of an agent fail
+// for a while. The agent then continues, and leaks no goroutines.
 func TestSwarmOutlivesFailures(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		memory := state.NewMemoryStore()

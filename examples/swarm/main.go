@@ -1,19 +1,19 @@
-// Swarm shows what package state is for: a few agents that share nothing but a
-// store, and that go on working together when some of them die.
+// Swarm shows what package state is for: a few agents share nothing but a store,
+// and keep working together when some of them die.
 //
 //	go run ./examples/swarm
 //
-// runs five agents on a NATS server inside this process, each on a connection
-// and a store of its own, for about ten seconds. One leads, under a lock, and
-// plans tasks; all do tasks, each under a lock; all send heartbeats, and read a
+// runs five agents for about ten seconds on a NATS server inside this process,
+// each with its own connection and store. One agent holds a lock, leads and plans
+// tasks. All agents do tasks, each task under a lock, send heartbeats, and read a
 // setting from a cache. Then the leader is cut off in the middle of its term, and
 // a worker in the middle of a task. At the end the run checks itself; its exit
-// code is 1 if anything was not as it should be.
+// code is 1 if a check fails.
 //
 //	go run ./examples/swarm -nats nats://host:4222
 //
-// has the same agents join a real server, until they are interrupted. Several
-// such processes, on several machines, are one swarm: kill any of them.
+// connects such agents to a real server, until they are interrupted. Several such
+// processes, on several machines, form one swarm: kill any of them.
 package main
 
 import (
@@ -64,7 +64,7 @@ type member struct {
 	dead bool
 }
 
-// A Swarm is the agents of this process, and who watches them.
+// A Swarm is the agents of this process, and their witness.
 type Swarm struct {
 	*Witness
 	members []*member
@@ -123,8 +123,8 @@ func (s *Swarm) start() error {
 	return nil
 }
 
-// configure sets the swarm's pace; 0 leaves it, or sets the usual one if there is
-// none yet.
+// configure sets the swarm's pace. 0 keeps the current one, or sets the default if
+// there is none.
 func (s *Swarm) configure(pace time.Duration) error {
 	_, err := state.Modify(context.Background(), s.store, "config.pace", func(old *state.KeyValue) ([]byte, time.Duration, error) {
 		switch {
@@ -138,8 +138,8 @@ func (s *Swarm) configure(pace time.Duration) error {
 	return err
 }
 
-// cut takes an agent's connection away, without a warning: the agent unlocks
-// nothing and deletes nothing.
+// cut closes an agent's connection without warning: the agent cannot unlock or
+// delete anything.
 func (s *Swarm) cut(m *member, why string) {
 	m.nc.Close()
 	m.dead = true
@@ -159,12 +159,12 @@ func (s *Swarm) living() (living []*member) {
 	return living
 }
 
-// disband stops all agents, the leader first, and ends what was opened.
+// disband stops all agents, the leader first, and closes what was opened.
 func (s *Swarm) disband() error {
 	for _, m := range s.living() {
 		m.Resign()
 	}
-	// Nobody plans any more. What was planned is still done.
+	// Nobody plans any more. The agents finish the tasks that were planned.
 	tasks, err := state.NewCache(context.Background(), s.store, "tasks.*")
 	if err != nil {
 		return err
@@ -187,7 +187,7 @@ func (s *Swarm) disband() error {
 	return nil
 }
 
-// demonstrate runs a swarm on a server of its own, and cuts two agents off.
+// demonstrate runs a swarm on a server in this process, and cuts two agents off.
 func demonstrate(out io.Writer) (ok bool, err error) {
 	dir, err := os.MkdirTemp("", "swarm-")
 	if err != nil {
@@ -217,8 +217,8 @@ func demonstrate(out io.Writer) (ok bool, err error) {
 	}
 	var c checklist
 
-	// The worker that is cut off: the first one that comes to the middle of a task
-	// once it is due.
+	// The worker that is cut off: the first one to reach the middle of a task
+	// after due is set.
 	var due atomic.Bool
 	victim := make(chan string, 1)
 	var orphan string
@@ -271,7 +271,7 @@ func demonstrate(out io.Writer) (ok bool, err error) {
 	}
 	slices.Sort(living)
 	c.check(Await(10*time.Second, func() bool { return slices.Equal(s.Alive(), living) }),
-		"the heartbeats show who is alive: %s", strings.Join(living, ", "))
+		"the heartbeats show the living agents: %s", strings.Join(living, ", "))
 	time.Sleep(time.Second)
 
 	if err := s.disband(); err != nil {
@@ -284,7 +284,7 @@ func demonstrate(out io.Writer) (ok bool, err error) {
 	return c.print(out), nil
 }
 
-// join runs agents that are part of a swarm on a server elsewhere.
+// join runs agents that join a swarm on another server.
 func join(out io.Writer) (ok bool, err error) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -310,11 +310,11 @@ func join(out io.Writer) (ok bool, err error) {
 	<-ctx.Done()
 	stop() // a second interrupt kills
 
-	// One process does not know everything about the whole swarm.
+	// One process cannot check the whole swarm.
 	var c checklist
 	c.check(Await(5*time.Second, func() bool {
 		return !slices.ContainsFunc(names, func(name string) bool { return !slices.Contains(s.Alive(), name) })
-	}), "all %d agents of this process are among the %d that are alive", len(names), len(s.Alive()))
+	}), "all %d agents of this process are among the %d living ones", len(names), len(s.Alive()))
 	c.check(s.agree(), "they know the pace: %s", s.Pace())
 	if err := s.disband(); err != nil {
 		return false, err
@@ -324,7 +324,7 @@ func join(out io.Writer) (ok bool, err error) {
 		ours += s.DoneBy(name)
 	}
 	_, done, twice := s.Tasks()
-	c.check(ours <= done, "they did %d of the %d tasks that were done", ours, done)
+	c.check(ours <= done, "they did %d of %d tasks", ours, done)
 	c.check(len(twice) == 0, "%d tasks were done twice", len(twice))
 	if terms := s.Terms(); len(terms) > 0 {
 		c.terms(terms, 1)
@@ -332,7 +332,8 @@ func join(out io.Writer) (ok bool, err error) {
 	return c.print(out), nil
 }
 
-// agree reports whether all agents learn of the pace that the store holds.
+// agree waits until all agents know the pace in the store, and reports whether
+// they do.
 func (s *Swarm) agree() bool {
 	value, err := s.store.Get("config.pace")
 	if err != nil {

@@ -12,8 +12,8 @@ import (
 	"example.com/state"
 )
 
-// A Witness follows the whole store. It prints what happens, and remembers what
-// the summary is checked against.
+// A Witness follows the whole store. It prints what happens, and records it for
+// the checks at the end.
 type Witness struct {
 	Ended chan struct{} // closed when the store is closed
 
@@ -22,15 +22,15 @@ type Witness struct {
 	mu     sync.Mutex // guards what follows
 	out    io.Writer
 	alive  map[string]bool
-	leader string // who announced the last term
+	leader string // of the last term that was announced
 	pace   string
 	tasks  map[string]bool // true if done
 	doers  map[string]int  // how many tasks each agent did
 	twice  []string        // tasks that were done once more
-	terms  map[uint64]Term // as the agents of this process know them
+	terms  map[uint64]Term // of the agents of this process
 }
 
-// Observe returns a witness of what happens in the store until that is closed.
+// Observe returns a witness that follows the store until that is closed.
 func Observe(store state.Store, out io.Writer) (*Witness, error) {
 	w := &Witness{
 		Ended: make(chan struct{}),
@@ -54,7 +54,7 @@ func Observe(store state.Store, out io.Writer) (*Witness, error) {
 	return w, nil
 }
 
-// Say prints a line about somebody.
+// Say prints a line about an agent, or about the swarm.
 func (w *Witness) Say(who, format string, args ...any) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -99,28 +99,28 @@ func (w *Witness) take(kv *state.KeyValue) {
 	}
 }
 
-// Term notes what an agent of this process says about its term as the leader.
+// Term records a term as the leader of an agent of this process.
 func (w *Witness) Term(t Term) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.terms[t.Token] = t
 }
 
-// Leader returns who leads.
+// Leader returns the name of the leader.
 func (w *Witness) Leader() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.leader
 }
 
-// Pace returns what config.pace says.
+// Pace returns the value of config.pace.
 func (w *Witness) Pace() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.pace
 }
 
-// Alive returns the names of the agents whose heartbeat goes on, sorted.
+// Alive returns the names of the agents that send heartbeats, sorted.
 func (w *Witness) Alive() (names []string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -158,7 +158,7 @@ func (w *Witness) DoneBy(name string) int {
 	return w.doers[name]
 }
 
-// Terms returns the terms that are known, in order.
+// Terms returns the recorded terms, in order.
 func (w *Witness) Terms() (terms []Term) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -194,7 +194,7 @@ func (c *checklist) check(ok bool, format string, args ...any) {
 	c.lines = append(c.lines, mark+" "+fmt.Sprintf(format, args...))
 }
 
-// terms checks that nobody was granted the lead while somebody else had it.
+// terms checks that no agent became the leader while another one led.
 func (c *checklist) terms(terms []Term, atLeast int) {
 	ok := len(terms) >= atLeast
 	tokens := []string{}
