@@ -230,7 +230,7 @@ var functionCases = []conformanceCase{
 			deliversNext(t, b, events, "k")
 		}
 	}},
-	{"keep-alive-takes-over", "KeepAlive writes its key anew after somebody deleted or replaced it", func(t *testing.T, dial func() Store) {
+	{"keep-alive-takes-over", "KeepAlive writes its key again after somebody deleted or replaced it", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		events := mustWatch(t, b, "k")
 		ctx, cancel := context.WithCancel(context.Background())

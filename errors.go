@@ -13,16 +13,17 @@ var (
 	// deleted or expired.
 	ErrNotFound = errors.New("key not found")
 
-	// ErrClosed is returned by every method after Close.
+	// ErrClosed is returned by every method of a store after Close, except Close
+	// itself. Unlock still works.
 	ErrClosed = errors.New("store closed")
 
 	// ErrLockHeld is returned by Lock while somebody holds the lock, and by
 	// [WithLock] if somebody still held it when its context ended.
 	ErrLockHeld = errors.New("lock already held")
 
-	// ErrLockNotHeld is returned by Unlock, and by Refresh after Unlock, when
-	// there is nothing of this holder's to release: it was released before, or
-	// its lease has lapsed.
+	// ErrLockNotHeld is returned by Unlock when this holder no longer holds the
+	// lock: it was unlocked before, its lease has lapsed, or it was taken away.
+	// Refresh returns it after Unlock.
 	ErrLockNotHeld = errors.New("lock not held")
 
 	// ErrLockExpired is returned by Refresh once the lease has lapsed, whether
@@ -35,7 +36,8 @@ var (
 	// [ValidateKey] or the rules for patterns refuse.
 	ErrInvalidKey = errors.New("invalid key")
 
-	// ErrInvalidTTL is returned for a negative TTL, and by Lock for a zero one.
+	// ErrInvalidTTL is returned for a negative TTL. Lock, Hold and KeepAlive return it
+	// for a zero one, too.
 	ErrInvalidTTL = errors.New("invalid TTL")
 
 	// ErrWatchClosed is returned by Watch when what would end a running watch

@@ -39,7 +39,7 @@ func Follow(ctx context.Context, store Store, pattern string) (current []*KeyVal
 }
 
 // A version tells one value of a key from another, also from one of the same
-// revision in a store that was made anew.
+// revision in a store that was created again.
 type version struct {
 	revision uint64
 	modified int64 // in nanoseconds
@@ -48,7 +48,7 @@ type version struct {
 func versionOf(kv *KeyValue) version { return version{kv.Revision, kv.Modified.UnixNano()} }
 
 // replacedBy reports whether kv, which exists, is a later value. In a store that
-// was made anew revisions begin again.
+// was created again revisions begin again.
 func (v version) replacedBy(kv *KeyValue) bool {
 	return kv.Revision > v.revision || kv.Modified.UnixNano() > v.modified
 }
@@ -107,7 +107,7 @@ type sink interface {
 	// there is nothing. delivered says that it was taken.
 	next() (chan<- *KeyValue, *KeyValue)
 	delivered()
-	// startOver says that the store may have been made anew, so that the
+	// startOver says that the store may have been created again, so that the
 	// revisions so far mean nothing any more.
 	startOver()
 	// advance says how far the sink is up to date.

@@ -12,8 +12,8 @@ const (
 	// minRenewal is the shortest time between two renewals of a key or a lock. A
 	// TTL that needs more cannot be kept up.
 	minRenewal = time.Millisecond
-	// farewell is how long KeepAlive tries to delete its key.
-	farewell = 5 * time.Second
+	// deleteTimeout is how long KeepAlive tries to delete its key.
+	deleteTimeout = 5 * time.Second
 )
 
 // KeepAlive keeps a key alive until ctx ends: it writes the key at once and then
@@ -63,7 +63,7 @@ func KeepAlive(ctx context.Context, store Store, key string, ttl time.Duration, 
 		}
 		sleep(ctx, time.Until(asked.Add(max(ttl/3, minRenewal))))
 	}
-	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewell)
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), deleteTimeout)
 	defer cancel()
 	return k.delete(last, store.WithContext(last))
 }

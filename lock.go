@@ -50,7 +50,7 @@ type lease struct {
 	// What the backend keeps here.
 	revision uint64 // of the record, as far as it is known
 	owner    string // distinguishes this acquisition from any other
-	unsure   bool   // the fate of a write is not known: the record may be a later one
+	inDoubt  bool   // the fate of a write is not known: the record may be a later one
 	writes   int    // how many there have been since
 }
 
@@ -180,7 +180,7 @@ func (l *lease) Unlock() error {
 	}
 	defer func() { <-l.turn }()
 	l.mu.Lock()
-	over := l.released || l.lapseLocked(time.Now()) && !l.unsure
+	over := l.released || l.lapseLocked(time.Now()) && !l.inDoubt
 	l.mu.Unlock()
 	if over {
 		return ErrLockNotHeld

@@ -360,8 +360,8 @@ func (d *memoryData) schedule(now timestamp) {
 	}
 }
 
-// expire is what the timer calls, when it was set and sometimes when it was set
-// before that.
+// expire is the timer's callback. It may also run for an earlier time than the
+// one that the timer was last set to.
 func (d *memoryData) expire() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -411,8 +411,8 @@ func (s *MemoryStore) lockIndexed(op, pattern string) (*memoryData, error) {
 	}
 }
 
-// Keys implements [StateStore]. What is true of a page of the answer is true of
-// one moment; writers have their turn between two pages.
+// Keys implements [StateStore]. Each page of the answer is a consistent
+// snapshot; writers can run between two pages.
 func (s *MemoryStore) Keys(pattern string) ([]string, error) {
 	p, err := s.parse("keys", pattern)
 	if err != nil {

@@ -275,7 +275,7 @@ func (s *NATSStore) Put(key string, value []byte, ttl time.Duration) error {
 		return err
 	}
 	_, err = s.data.put(newBudget(ctx), m)
-	return s.data.wrote("put", key, err)
+	return s.data.writeError("put", key, err)
 }
 
 // Update implements [Store]. It costs one request, two if this store has not seen
@@ -286,7 +286,7 @@ func (s *NATSStore) Update(key string, value []byte, ttl time.Duration, revision
 		return 0, err
 	}
 	r, err := s.data.update(newBudget(ctx), m, revision)
-	return r.revision, s.data.wrote("update", key, err)
+	return r.revision, s.data.writeError("update", key, err)
 }
 
 // beginPut checks what Put and Update are given.
@@ -312,7 +312,7 @@ func (s *NATSStore) Delete(key string) error {
 	if err != nil {
 		return err
 	}
-	return s.data.wrote("delete", key, s.data.remove(newBudget(ctx), m))
+	return s.data.writeError("delete", key, s.data.remove(newBudget(ctx), m))
 }
 
 // DeleteRevision implements [Store]. It costs one request, or two if this store
@@ -326,7 +326,7 @@ func (s *NATSStore) DeleteRevision(key string, revision uint64) error {
 		return ErrConflict
 	}
 	_, err = s.data.update(newBudget(ctx), m, revision)
-	return s.data.wrote("delete", key, err)
+	return s.data.writeError("delete", key, err)
 }
 
 func (s *NATSStore) beginDelete(verb, key string) (context.Context, mutation, error) {
@@ -453,7 +453,7 @@ func (s *NATSStore) Lock(key string, ttl time.Duration) (Lock, error) {
 	}
 	l, _, err := s.locks.lock(ctx, key, ttl)
 	if err != nil {
-		return nil, s.data.wrote("lock", key, err)
+		return nil, s.data.writeError("lock", key, err)
 	}
 	return l.handOver()
 }

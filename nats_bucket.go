@@ -55,11 +55,11 @@ type bucketWant struct {
 // settings are what a bucket's operator decided, as they were at a time.
 type settings struct {
 	streamConfig
-	created time.Time // the stream's, which distinguishes it from another of its name
-	checked time.Time
-	epoch   *epoch // of the connection that they came on
-	copies  bool   // mirrors of the stream are known
-	state   *streamState
+	created  time.Time // the stream's, which distinguishes it from another of its name
+	checked  time.Time
+	epoch    *epoch // of the connection that they came on
+	mirrored bool   // mirrors of the stream are known
+	state    *streamState
 }
 
 // A streamConfig is what we look at of a stream's configuration.
@@ -185,7 +185,7 @@ func (b *bucket) noteInfo(info *streamInfo, asked time.Time, e *epoch) error {
 	b.clock.set(timestamp(info.Now.UnixNano()), asked, e)
 	now := &settings{
 		streamConfig: info.config, created: info.Created, checked: asked, epoch: e,
-		copies: len(info.Alternates) > 1, state: &info.State,
+		mirrored: len(info.Alternates) > 1, state: &info.State,
 	}
 	last := b.settings.Load()
 	for ; last == nil || !last.checked.After(asked); last = b.settings.Load() {
@@ -199,7 +199,7 @@ func (b *bucket) noteInfo(info *streamInfo, asked time.Time, e *epoch) error {
 		return nil // an answer to a later question has come before
 	case !last.created.Equal(now.created):
 		b.cache.clear()
-		b.log.Warn("state: the bucket was deleted and made anew", "bucket", b.name)
+		b.log.Warn("state: the bucket was deleted and created again", "bucket", b.name)
 	case last.Replicas != now.Replicas, last.PerKey != now.PerKey, last.MaxAge != now.MaxAge, last.AllowTTL != now.AllowTTL:
 		b.log.Info("state: settings of the bucket changed", "bucket", b.name, "replicas", now.Replicas, "history", now.PerKey, "max_age", now.MaxAge)
 	}
@@ -238,7 +238,7 @@ func (b *bucket) check() {
 func (b *bucket) refresh(t *retryBudget) error {
 	info, err := b.info(t)
 	if err == nil {
-		err = b.suit(t, info)
+		err = b.prepare(t, info)
 	}
 	return err
 }
@@ -247,7 +247,7 @@ var errNoTTL = errors.New("the server has no message TTLs: nats-server 2.11 or l
 
 // open binds to the bucket, or creates it.
 func (b *bucket) open(t *retryBudget) error {
-	if old(b.nc.ConnectedServerVersion()) {
+	if lacksMessageTTL(b.nc.ConnectedServerVersion()) {
 		return errNoTTL
 	}
 	info, err := b.info(t)
@@ -257,16 +257,16 @@ func (b *bucket) open(t *retryBudget) error {
 	if err != nil {
 		return openError(err)
 	}
-	return b.suit(t, info)
+	return b.prepare(t, info)
 }
 
-// suit makes sure that a stream can serve as the bucket, and changes of it what
+// prepare makes sure that a stream can serve as the bucket, and changes of it what
 // must be otherwise.
-func (b *bucket) suit(t *retryBudget, info *streamInfo) error {
-	if err := b.suitable(&info.config); err != nil {
+func (b *bucket) prepare(t *retryBudget, info *streamInfo) error {
+	if err := b.validate(&info.config); err != nil {
 		return err
 	}
-	info, err := b.adapt(t, info)
+	info, err := b.updateStream(t, info)
 	if err != nil {
 		return openError(err)
 	}
@@ -279,8 +279,8 @@ func (b *bucket) suit(t *retryBudget, info *streamInfo) error {
 	return nil
 }
 
-// old reports whether a server version is one without message TTLs.
-func old(version string) bool {
+// lacksMessageTTL reports whether a server version is one without message TTLs.
+func lacksMessageTTL(version string) bool {
 	major, rest, _ := strings.Cut(version, ".")
 	minor, _, _ := strings.Cut(rest, ".")
 	x, err1 := strconv.Atoi(major)
@@ -325,7 +325,7 @@ func (b *bucket) create(t *retryBudget) (*streamInfo, error) {
 	}
 	if b.want.locks {
 		// Revisions are the fencing tokens of locks. They must go on growing if
-		// the bucket is deleted and made anew, so they start at the time, which
+		// the bucket is deleted and created again, so they start at the time, which
 		// grows faster: a bucket does not take a million writes per second.
 		config.FirstSeq = uint64(time.Now().UnixMicro())
 	}
@@ -346,20 +346,20 @@ func withHeaders(maxValue int32) int32 {
 	return int32(min(int64(maxValue)+headerRoom, math.MaxInt32))
 }
 
-// suitable reports why a stream cannot serve as the bucket.
-func (b *bucket) suitable(c *streamConfig) error {
+// validate reports why a stream cannot serve as the bucket.
+func (b *bucket) validate(c *streamConfig) error {
 	switch {
 	case !slices.Contains(c.Subjects, b.prefix+">"):
 		return fmt.Errorf("the stream %s is not a bucket that can be written to: its subjects are %q", b.stream, c.Subjects)
 	case b.want.locks:
-		return suitableForLocks(c)
+		return validateForLocks(c)
 	}
 	return nil
 }
 
-// suitableForLocks reports why a bucket cannot hold locks: a record must stay
+// validateForLocks reports why a bucket cannot hold locks: a record must stay
 // until its lease has lapsed, whatever happens, and go for no other reason.
-func suitableForLocks(c *streamConfig) error {
+func validateForLocks(c *streamConfig) error {
 	var reason string
 	switch {
 	case c.Storage != "file":
@@ -390,10 +390,10 @@ func present(field json.RawMessage) bool {
 	return len(field) > 0 && string(field) != "null" && string(field) != "[]"
 }
 
-// adapt raises what the caller set higher than an existing bucket has it, and
+// updateStream raises what the caller set higher than an existing bucket has it, and
 // switches message TTLs on. It lowers nothing, and leaves all else as it is,
 // also what this version of the client does not know of.
-func (b *bucket) adapt(t *retryBudget, info *streamInfo) (*streamInfo, error) {
+func (b *bucket) updateStream(t *retryBudget, info *streamInfo) (*streamInfo, error) {
 	changes := map[string]any{}
 	if !info.config.AllowTTL {
 		changes["allow_msg_ttl"] = true
@@ -431,7 +431,7 @@ func (b *bucket) expired(t *retryBudget, deadline timestamp) bool {
 	}
 	e, _ := b.current()
 	now, uncertainty, age := b.clock.read(e)
-	maybe, surely := deadline.passed(now+uncertainty), deadline.passed(now-closeCall)
+	maybe, surely := deadline.passed(now+uncertainty), deadline.passed(now-decisionMargin)
 	open := !surely && (age > freshSample || !deadline.passed(now))
 	if maybe && (age >= sampleLife || open) {
 		if info, err := b.info(t); err == nil {

@@ -154,7 +154,7 @@ func TestHistoryRaisedMeanwhile(t *testing.T) {
 	}
 }
 
-// TestBucketMadeAnewWithoutTTLs: a bucket is deleted and made anew with the
+// TestBucketMadeAnewWithoutTTLs: a bucket is deleted and created again with the
 // defaults of nats.go, under which servers refuse TTLs. The store works again
 // without being opened again.
 func TestBucketMadeAnewWithoutTTLs(t *testing.T) {

@@ -53,7 +53,7 @@ func (c *recordCache) contest(key string, contested bool) {
 }
 
 // begin notes that a write to a key is under way until end, and reports whether
-// others have written the key or are about to.
+// the key is contested: other clients write it, or this one is writing it already.
 func (c *recordCache) begin(key string) (contested bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

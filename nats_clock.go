@@ -21,9 +21,9 @@ const (
 	// sampleLife is when a sample is too old to decide that something has
 	// expired, and freshSample up to what age no newer one is needed where it is
 	// a close call: a server's clock may be set back, too.
-	sampleLife  = 10 * time.Second
-	freshSample = 100 * time.Millisecond
-	closeCall   = timestamp(time.Second)
+	sampleLife     = 10 * time.Second
+	freshSample    = 100 * time.Millisecond
+	decisionMargin = timestamp(time.Second)
 	// maxDrift is by how much clocks may run at different speeds: 1 in so many.
 	maxDrift = 5000
 )

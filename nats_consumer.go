@@ -103,7 +103,7 @@ func (b *bucket) consume(t *retryBudget, want consumption) (*consumer, error) {
 	return c, nil
 }
 
-// create makes the request until it is answered. Made twice it does no harm.
+// create makes the request until it is answered. The request is idempotent.
 func (c *consumer) create(t *retryBudget, e *epoch, cfg consumerConfig) error {
 	data, err := json.Marshal(struct {
 		Stream string         `json:"stream_name"`

@@ -172,7 +172,7 @@ func padded(n uint64) string {
 // lasts reports whether base will not have expired when it is replaced, and
 // whether that is certain.
 func (e encoder) lasts(base record) (lasts, surely bool) {
-	if base.revision == 0 || base.deleted || base.deadline.passed(e.now-closeCall) {
+	if base.revision == 0 || base.deleted || base.deadline.passed(e.now-decisionMargin) {
 		return false, true
 	}
 	return true, !base.deadline.passed(e.now + e.uncertainty + guessMargin)

@@ -6,13 +6,13 @@ import (
 
 const (
 	// stateLife is how old a feed lets its knowledge of the stream become. It
-	// notices by it that the stream was purged, or made anew.
+	// notices by it that the stream was purged, or created again.
 	stateLife = 2 * time.Second
 	// maxRelist is the longest time between two listings that look for keys
 	// which were removed without a trace, when they find none.
 	maxRelist = 10 * time.Minute
-	// burialLife is how long a burial is remembered.
-	burialLife = 10 * time.Second
+	// recentDeletionLife is how long a reportedDeletion is remembered.
+	recentDeletionLife = 10 * time.Second
 	// maxOverdue is how long after a deadline a feed that is behind asks about it.
 	maxOverdue = timestamp(400 * time.Millisecond)
 )
@@ -32,10 +32,10 @@ func (t *tracked) ended(r *record) bool {
 	return (t.deadline.passed(r.modified) || r.expiry) && t.created != r.created
 }
 
-// A burial is the last deletion or expiry of a key that was reported: a marker
+// A reportedDeletion is the last deletion or expiry of a key that was reported: a marker
 // for the same key may follow, of another client that deleted it at once, or of
 // the server.
-type burial struct {
+type reportedDeletion struct {
 	created timestamp // of the key
 	at      time.Time
 }
@@ -51,12 +51,12 @@ func (f *feed) track(key string, r *record, unread bool) {
 	f.expiries.set(&t.expiring, r.deadline)
 }
 
-// gone reports that a key does not exist any more.
-func (f *feed) gone(t *tracked, revision uint64, at timestamp) {
+// reportDeletion reports that a key does not exist any more.
+func (f *feed) reportDeletion(t *tracked, revision uint64, at timestamp) {
 	f.expiries.drop(&t.expiring)
 	delete(f.alive, t.key)
-	delete(f.doubtful, t.key)
-	f.buried[t.key] = burial{t.created, time.Now()}
+	delete(f.unconfirmed, t.key)
+	f.recentDeletions[t.key] = reportedDeletion{t.created, time.Now()}
 	if !f.listed || f.listing {
 		f.touched[t.key] = max(f.touched[t.key], t.revision) // a listing may still have it
 	}
@@ -127,13 +127,13 @@ func (f *feed) merge(l listing) {
 	}
 	f.listed, f.listing = true, false
 	f.touched = make(map[string]uint64)
-	f.suspect(suspects)
+	f.verify(suspects)
 }
 
-// lookAtState looks for keys that were removed without a message: what is older
+// detectRemovals looks for keys that were removed without a message: what is older
 // than the stream's first message is gone, and a stream that has fewer messages
 // than before may have lost any.
-func (f *feed) lookAtState(st *streamState) {
+func (f *feed) detectRemovals(st *streamState) {
 	if !f.listed || st == nil {
 		return
 	}
@@ -145,7 +145,7 @@ func (f *feed) lookAtState(st *streamState) {
 				suspects = append(suspects, t)
 			}
 		}
-		f.suspect(suspects)
+		f.verify(suspects)
 	}
 	fewer := st.Messages < f.messages
 	f.messages = st.Messages
@@ -236,38 +236,38 @@ func (f *feed) expired(findings []finding) {
 			f.deferred = time.Now().Add(20 * time.Millisecond)
 		case found.last > t.revision:
 			// It was replaced, in time or not: what is on its way here decides.
-			f.doubtful[t.key] = t
+			f.unconfirmed[t.key] = t
 		default:
-			f.gone(t, t.revision, t.deadline)
+			f.reportDeletion(t, t.revision, t.deadline)
 		}
 	}
 }
 
-// suspect looks whether keys that seem to have been removed without a message
+// verify looks whether keys that seem to have been removed without a message
 // still exist.
-func (f *feed) suspect(suspects []*tracked) {
+func (f *feed) verify(suspects []*tracked) {
 	if len(suspects) == 0 {
 		return
 	}
 	f.probe(suspects, func(findings []finding) {
-		if f.settle(findings) {
+		if f.applyVerified(findings) {
 			f.listPause = stateLife // there may be more removals
 		}
 	})
 }
 
-// settle deals with keys that may have been removed without a message, by what
+// applyVerified deals with keys that may have been removed without a message, by what
 // the leader has. It reports whether any was.
-func (f *feed) settle(findings []finding) (removed bool) {
+func (f *feed) applyVerified(findings []finding) (removed bool) {
 	for _, found := range findings {
 		t := found.t
 		switch {
 		case f.alive[t.key] != t || t.revision != found.revision:
 			// It was refreshed, or is gone, as has been reported.
 		case !found.known, found.last > t.revision:
-			f.doubtful[t.key] = t
+			f.unconfirmed[t.key] = t
 		case found.last == 0:
-			f.gone(t, t.revision, f.removedAt(t))
+			f.reportDeletion(t, t.revision, f.removedAt(t))
 			removed = true
 		case t.deadline != 0:
 			f.expiries.set(&t.expiring, t.deadline) // no newer write was accepted
@@ -288,8 +288,8 @@ func (f *feed) removedAt(t *tracked) timestamp {
 // have been removed since.
 func (f *feed) recheck() {
 	var again []*tracked
-	for key, t := range f.doubtful {
-		delete(f.doubtful, key)
+	for key, t := range f.unconfirmed {
+		delete(f.unconfirmed, key)
 		if f.alive[key] == t {
 			again = append(again, t)
 		}
@@ -297,5 +297,5 @@ func (f *feed) recheck() {
 	if len(again) == 0 {
 		return
 	}
-	f.probe(again, func(findings []finding) { f.settle(findings) })
+	f.probe(again, func(findings []finding) { f.applyVerified(findings) })
 }

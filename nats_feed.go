@@ -58,44 +58,44 @@ type feed struct {
 
 	// What follows is owned by run.
 
-	source    *consumer // nil while it is cut off
-	epoch     *epoch    // of the connection that the source is on
-	asked     int       // messages that the server may still send
-	attempts  int       // to attach, in a row
-	refusal   time.Time // since when attaching has been refused
-	missing   time.Time // since when the bucket has not been found
-	cut       time.Time // since when it is cut off
-	heard     time.Time // when something came last
-	heardAt   timestamp // the same by the server's clock, which no pause of ours stops
-	cursor    uint64    // the last sequence that was dealt with
-	pending   uint64    // how many messages there were behind it
-	position  uint64    // how far the consumer has read the stream
-	passed    uint64    // and how far when it was last seen to get on
-	goal      uint64    // what it has to come to
-	goalSince time.Time // since when it has not got on
-	created   time.Time // the stream's, which distinguishes it from another of its name; never changed once the feed is ready
-	openedAt  timestamp // by the server's clock
-	expecting bool      // the first listing comes from a Follow
+	source        *consumer // nil while it is cut off
+	epoch         *epoch    // of the connection that the source is on
+	asked         int       // messages that the server may still send
+	attempts      int       // to attach, in a row
+	refusal       time.Time // since when attaching has been refused
+	missing       time.Time // since when the bucket has not been found
+	cut           time.Time // since when it is cut off
+	lastContact   time.Time // when something came last
+	lastContactAt timestamp // the same by the server's clock, which no pause of ours stops
+	cursor        uint64    // the last sequence that was dealt with
+	pending       uint64    // how many messages there were behind it
+	readSeq       uint64    // how far the consumer has read the stream
+	lastReadSeq   uint64    // and how far when it was last seen to get on
+	goalSeq       uint64    // what it has to come to
+	goalSeqSince  time.Time // since when it has not got on
+	created       time.Time // the stream's, which distinguishes it from another of its name; never changed once the feed is ready
+	openedAt      timestamp // by the server's clock
+	expecting     bool      // the first listing comes from a Follow
 
 	// alive are the matching keys that exist as far as was reported, and when
 	// they expire. Until the keys that existed before are listed, touched has
 	// what was read since the feed began.
-	alive     map[string]*tracked
-	expiries  expiryQueue
-	listed    bool
-	listing   bool
-	touched   map[string]uint64
-	buried    map[string]burial
-	deferred  time.Time           // until when it does not look at what has expired
-	asking    bool                // what has expired is being found out
-	doubtful  map[string]*tracked // keys with a newer revision that has not arrived
-	floor     uint64              // no key alive has a revision below
-	messages  uint64              // in the stream, when last looked at
-	nextList  time.Time           // when to look for keys that were removed, at the earliest
-	listPause time.Duration
-	targets   []target
-	lastState *streamState
-	over      bool // it has come to its end
+	alive           map[string]*tracked
+	expiries        expiryQueue
+	listed          bool
+	listing         bool
+	touched         map[string]uint64
+	recentDeletions map[string]reportedDeletion
+	deferred        time.Time           // until when it does not look at what has expired
+	asking          bool                // what has expired is being found out
+	unconfirmed     map[string]*tracked // keys with a newer revision that has not arrived
+	floor           uint64              // no key alive has a revision below
+	messages        uint64              // in the stream, when last looked at
+	nextList        time.Time           // when to look for keys that were removed, at the earliest
+	listPause       time.Duration
+	targets         []target
+	lastState       *streamState
+	stopping        bool // it has come to its end
 }
 
 // A target is a progress that holds once so many messages have been read from a
@@ -121,7 +121,7 @@ func (f *feed) begin(ctx context.Context, w *natsWatch) error {
 		return err
 	}
 	if !info.Created.Equal(f.created) {
-		return errFeedEnded // the bucket was made anew, which the feed will notice
+		return errFeedEnded // the bucket was created again, which the feed will notice
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -163,7 +163,7 @@ func (f *feed) run() {
 	defer ticker.Stop()
 	expiry := time.NewTimer(time.Hour)
 	defer expiry.Stop()
-	for !f.over {
+	for !f.stopping {
 		var mail <-chan *nats.Msg
 		var broken <-chan struct{}
 		if f.source != nil {
@@ -179,7 +179,7 @@ func (f *feed) run() {
 		case <-expiry.C:
 			f.expire()
 		case <-ticker.C:
-			f.look()
+			f.checkHealth()
 		case <-broken:
 			f.cutOff("the connection was lost")
 		}
@@ -221,7 +221,7 @@ func (f *feed) runPosted() {
 
 // endBecause has the loop end.
 func (f *feed) endBecause(err error) {
-	f.over = true
+	f.stopping = true
 	f.b.log.Warn("state: a watch ends", "bucket", f.b.name, "pattern", f.pattern.String(), "reason", err)
 }
 
@@ -235,9 +235,9 @@ type attachment struct {
 // attach connects the feed to the stream: the first time from now on, else from
 // where it was.
 func (f *feed) attach() {
-	first, cursor, created, heardAt, maxCut := f.created.IsZero(), f.cursor, f.created, f.heardAt, f.maxCut
+	first, cursor, created, lastContactAt, maxCut := f.created.IsZero(), f.cursor, f.created, f.lastContactAt, f.maxCut
 	f.b.start(func() {
-		a, err := f.connect(first, cursor, created, heardAt, maxCut)
+		a, err := f.connect(first, cursor, created, lastContactAt, maxCut)
 		if !f.post(func() { f.attached(a, err) }) && a.source != nil {
 			a.source.stop()
 		}
@@ -245,7 +245,7 @@ func (f *feed) attach() {
 }
 
 // connect makes the consumer. It owns nothing of the feed.
-func (f *feed) connect(first bool, cursor uint64, created time.Time, heardAt timestamp, maxCut time.Duration) (a attachment, err error) {
+func (f *feed) connect(first bool, cursor uint64, created time.Time, lastContactAt timestamp, maxCut time.Duration) (a attachment, err error) {
 	t := newBudget(f.ctx)
 	if a.epoch, err = f.b.connected(t); err != nil {
 		return a, err
@@ -261,7 +261,7 @@ func (f *feed) connect(first bool, cursor uint64, created time.Time, heardAt tim
 		cursor = a.info.State.LastSeq
 	case !created.Equal(a.info.Created) || a.info.State.LastSeq < cursor:
 		return a, errBucketGone
-	case timestamp(a.info.Now.UnixNano())-heardAt > timestamp(maxCut):
+	case timestamp(a.info.Now.UnixNano())-lastContactAt > timestamp(maxCut):
 		return a, errCutTooLong
 	}
 	a.source, err = f.b.consume(t, consumption{filter: f.b.filter(f.pattern), from: cursor + 1, batch: watchBatch, life: watchLife})
@@ -272,8 +272,8 @@ func (f *feed) connect(first bool, cursor uint64, created time.Time, heardAt tim
 func (f *feed) attached(a attachment, err error) {
 	if err == nil {
 		f.source, f.epoch, f.asked, f.pending = a.source, a.epoch, 0, 0
-		f.goal, f.goalSince = 0, time.Now()
-		f.hear()
+		f.goalSeq, f.goalSeqSince = 0, time.Now()
+		f.noteContact()
 		err = f.pull()
 	}
 	if err != nil {
@@ -305,7 +305,7 @@ func (f *feed) attached(a attachment, err error) {
 // notAttached decides what to do after an attempt to attach has failed.
 func (f *feed) notAttached(err error) {
 	if f.created.IsZero() {
-		f.err, f.over = err, true // it never began
+		f.err, f.stopping = err, true // it never began
 		close(f.ready)
 		return
 	}
@@ -324,7 +324,7 @@ func (f *feed) notAttached(err error) {
 	refused := since(&f.refusal, apiCode(err) != 0 && !passing(err) || errors.Is(err, nats.ErrPermissionViolation))
 	switch {
 	case err == errBucketGone, err == errCutTooLong, f.b.nc.IsClosed(),
-		gone > goneAfter, refused > refusedFor, time.Since(f.heard) > f.maxCut:
+		gone > goneAfter, refused > refusedFor, time.Since(f.lastContact) > f.maxCut:
 		f.endBecause(err)
 		return
 	}
@@ -363,8 +363,8 @@ func (f *feed) detach() {
 	f.targets = nil
 }
 
-// hear notes that the feed is connected.
-func (f *feed) hear() { f.heard, f.heardAt = time.Now(), f.b.clock.now() }
+// noteContact notes that the feed is connected.
+func (f *feed) noteContact() { f.lastContact, f.lastContactAt = time.Now(), f.b.clock.now() }
 
 // pull keeps the server supplied with requests.
 func (f *feed) pull() error {
@@ -376,8 +376,8 @@ func (f *feed) pull() error {
 	return err
 }
 
-// look is what the feed does now and then.
-func (f *feed) look() {
+// checkHealth is what the feed does now and then.
+func (f *feed) checkHealth() {
 	s := f.b.settings.Load()
 	switch {
 	case f.b.nc.IsClosed():
@@ -388,20 +388,20 @@ func (f *feed) look() {
 	case !s.created.Equal(f.created):
 		f.endBecause(errBucketGone)
 		return
-	case time.Since(f.heard) > maxSilence:
+	case time.Since(f.lastContact) > maxSilence:
 		f.cutOff("no heartbeat")
 		return
 	case f.lags():
 		f.cutOff("the consumer's server lags behind the leader")
 		return
 	}
-	if len(f.doubtful) > 0 {
+	if len(f.unconfirmed) > 0 {
 		f.recheck()
 	}
-	maps.DeleteFunc(f.buried, func(_ string, b burial) bool { return time.Since(b.at) > burialLife })
+	maps.DeleteFunc(f.recentDeletions, func(_ string, b reportedDeletion) bool { return time.Since(b.at) > recentDeletionLife })
 	if !f.behind() {
 		// By now, what was written when the last state was taken has been read.
-		f.lookAtState(f.lastState)
+		f.detectRemovals(f.lastState)
 		f.lastState = f.b.settings.Load().state
 	}
 	if time.Since(s.checked) > stateLife-heartbeat/2 {
@@ -412,13 +412,13 @@ func (f *feed) look() {
 // lags reports whether the consumer is behind what the leader had and has not got
 // on for a while: it may be on a replica that does not.
 func (f *feed) lags() bool {
-	if f.position >= f.goal || f.position != f.passed {
-		f.passed, f.goalSince = f.position, time.Now()
+	if f.readSeq >= f.goalSeq || f.readSeq != f.lastReadSeq {
+		f.lastReadSeq, f.goalSeqSince = f.readSeq, time.Now()
 	}
-	if f.position >= f.goal {
-		f.goal = f.b.settings.Load().state.LastSeq
+	if f.readSeq >= f.goalSeq {
+		f.goalSeq = f.b.settings.Load().state.LastSeq
 	}
-	return time.Since(f.goalSince) > maxLag
+	return time.Since(f.goalSeqSince) > maxLag
 }
 
 // read deals with what the consumer sent: msg, and what has come since.
@@ -449,11 +449,11 @@ func (f *feed) accept(msg *nats.Msg) error {
 	if st.code == "0" {
 		return nil
 	}
-	f.hear()
+	f.noteContact()
 	switch {
 	case st.code == "":
 	case st.code == "100":
-		f.pending, f.position = 0, max(f.position, st.seq)
+		f.pending, f.readSeq = 0, max(f.readSeq, st.seq)
 		return nil
 	case st.code == "smaller":
 		f.asked = 0
@@ -466,7 +466,7 @@ func (f *feed) accept(msg *nats.Msg) error {
 	}
 	f.b.clock.observe(d.written)
 	f.asked--
-	f.cursor, f.pending, f.position = d.seq, d.pending, d.seq
+	f.cursor, f.pending, f.readSeq = d.seq, d.pending, d.seq
 	if key, ok := f.b.key(f.pattern, msg.Subject); ok {
 		f.report(key, decode(msg.Header, msg.Data, d.seq, d.written, f.b.settings.Load().MaxAge))
 	}
@@ -489,7 +489,7 @@ func (f *feed) report(key string, r record) {
 		if at == 0 {
 			at = r.modified
 		}
-		f.gone(t, t.revision, at)
+		f.reportDeletion(t, t.revision, at)
 		t = nil
 	}
 	switch {
@@ -497,9 +497,9 @@ func (f *feed) report(key string, r record) {
 		f.track(key, &r, false)
 		f.push(r.event(key, r.deadline))
 	case t != nil:
-		f.gone(t, r.revision, r.modified)
+		f.reportDeletion(t, r.revision, r.modified)
 	case f.unseen(key, &r):
-		f.buried[key] = burial{r.created, time.Now()}
+		f.recentDeletions[key] = reportedDeletion{r.created, time.Now()}
 		f.push(deletion(key, r.revision, r.modified))
 	}
 }
@@ -509,7 +509,7 @@ func (f *feed) report(key string, r record) {
 // has not been listed yet. Our markers say when the key came into being. Other
 // clients' do not, and may delete what does not exist.
 func (f *feed) unseen(key string, r *record) bool {
-	last, reported := f.buried[key]
+	last, reported := f.recentDeletions[key]
 	if r.op == "" {
 		return !f.listed && !reported
 	}

@@ -16,7 +16,7 @@ import (
 )
 
 // Follow, Cache and Entries where servers restart, connections are cut, and
-// buckets are made anew.
+// buckets are created again.
 
 func TestFollowUnopened(t *testing.T) {
 	for _, s := range []*NATSStore{nil, {}} {

@@ -26,7 +26,7 @@ const (
 	// fewBytes is the most that a listing of few keys may bring of values.
 	fewBytes = 1 << 20
 	// smallMsg is the average size up to which messages are cheaper to send as
-	// they are than to make anew without their values.
+	// they are than to copy without their values.
 	smallMsg = 512
 )
 

@@ -30,11 +30,11 @@ const lockSettingsLife = time.Minute
 // nothing is ever removed by sequence: on several replicas that can succeed
 // beside a conditional write of the same sequence.
 type natsLocks struct {
-	conn  connection
-	data  *bucket
-	owner string // named in the records
-	deaf  bool   // some releases are not heard
-	waits lockWaits
+	conn           connection
+	data           *bucket
+	owner          string // named in the records
+	missesReleases bool   // some releases are not heard
+	waits          lockWaits
 
 	mu     sync.Mutex // guards bucket
 	bucket *bucket    // nil until the first Lock
@@ -44,7 +44,7 @@ func newNATSLocks(conn connection, data *bucket, owner string) *natsLocks {
 	if owner == "" {
 		owner = processName()
 	}
-	return &natsLocks{conn: conn, data: data, owner: owner, deaf: conn.nc.Opts.NoEcho || conn.domain != "" || conn.apiPrefix != ""}
+	return &natsLocks{conn: conn, data: data, owner: owner, missesReleases: conn.nc.Opts.NoEcho || conn.domain != "" || conn.apiPrefix != ""}
 }
 
 // open returns the bucket, which the first Lock creates with the replicas of the
@@ -55,7 +55,7 @@ func (l *natsLocks) open(t *retryBudget) (*bucket, error) {
 		if time.Since(s.checked) > lockSettingsLife {
 			b.check()
 		}
-		return b, l.inBucket(b, b.suitable(&s.streamConfig))
+		return b, l.inBucket(b, b.validate(&s.streamConfig))
 	}
 	b := l.newBucket()
 	if err := b.open(t); err != nil {
@@ -72,7 +72,7 @@ func (l *natsLocks) bind(t *retryBudget) (*bucket, error) {
 	b := l.newBucket()
 	info, err := b.info(t)
 	if err == nil {
-		err = l.inBucket(b, b.suitable(&info.config))
+		err = l.inBucket(b, b.validate(&info.config))
 	}
 	if err != nil {
 		return nil, err
@@ -111,7 +111,7 @@ func (l *natsLocks) opened() *bucket {
 	return l.bucket
 }
 
-// forget has the bucket made anew.
+// forget makes the next Lock open the bucket again.
 func (l *natsLocks) forget(b *bucket) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -184,7 +184,7 @@ func holderOf(op string) string {
 	return owner
 }
 
-// info returns what a lock's record says of its holder.
+// lockInfo returns what a lock's record says about its holder.
 func (r *record) lockInfo(key string) *LockInfo {
 	info := &LockInfo{Key: key, Token: r.revision, Expires: r.deadline.time()}
 	var v leaseValue
@@ -231,7 +231,7 @@ func (n natsLessor) write(t *retryBudget, l *lease, m mutation) (record, error) 
 		entry:    entry{revision: l.revision},
 		deadline: n.b.clock.now().deadline(time.Until(l.validUntil())),
 	}
-	if l.unsure {
+	if l.inDoubt {
 		var err error
 		if base, err = n.b.leaderLast(t, l.key); err != nil {
 			return record{}, err
@@ -256,11 +256,11 @@ func (n natsLessor) extend(ctx context.Context, l *lease) error {
 		n.s.data.log.Warn("state: a lease was lost", "lock", l.key, "token", l.token)
 		return ErrLockExpired
 	case err == nil:
-		l.revision, l.unsure = r.revision, false
+		l.revision, l.inDoubt = r.revision, false
 		return nil
 	}
-	l.unsure = true
-	return n.b.wrote("refresh", l.key, err)
+	l.inDoubt = true
+	return n.b.writeError("refresh", l.key, err)
 }
 
 func (n natsLessor) release(ctx context.Context, l *lease) error {
@@ -281,6 +281,6 @@ func (n natsLessor) release(ctx context.Context, l *lease) error {
 	case err == errMoved, errors.Is(err, jetstream.ErrBucketNotFound):
 		return ErrLockNotHeld
 	}
-	l.unsure = true
-	return n.b.wrote("unlock", l.key, err)
+	l.inDoubt = true
+	return n.b.writeError("unlock", l.key, err)
 }

@@ -17,8 +17,8 @@ const (
 	// yieldFor is how long a waiter leaves a lock to somebody whose attempt it
 	// has heard, before it looks what became of that.
 	yieldFor = time.Second
-	// deafCheck is how often a waiter looks that cannot hear of a release.
-	deafCheck = 2 * time.Second
+	// missedReleaseCheck is how often a waiter looks that cannot hear of a release.
+	missedReleaseCheck = 2 * time.Second
 )
 
 // A lockWaits is the waiters for locks in a store. They do not poll, and of
@@ -145,7 +145,7 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 			return nil, ErrLockHeld
 		default:
 			s.waits.found(q, false)
-			return nil, s.data.wrote("lock", key, err)
+			return nil, s.data.writeError("lock", key, err)
 		}
 		if err := s.sleep(ctx, q, holder, time.Since(asked)); err != nil {
 			return nil, err
@@ -194,8 +194,8 @@ func (s *natsLocks) sleep(ctx context.Context, q *lockQueue, holder record, trip
 			wake = q.claimed.Add(yieldFor + rand.N(yieldFor))
 		}
 		q.mu.Unlock()
-		if q.sub == nil || s.deaf {
-			wake = earlier(wake, began.Add(deafCheck))
+		if q.sub == nil || s.missesReleases {
+			wake = earlier(wake, began.Add(missedReleaseCheck))
 		}
 		timer.Reset(time.Until(wake))
 		select {

@@ -106,7 +106,7 @@ func TestOldServers(t *testing.T) {
 	for version, want := range map[string]bool{
 		"2.10.29": true, "2.9.0": true, "1.4.1": true, "2.11.0": false, "2.11.0-RC.1": false, "2.15.2": false, "3.0.0": false, "": false, "dev": false,
 	} {
-		assert.Equal(t, want, old(version), version)
+		assert.Equal(t, want, lacksMessageTTL(version), version)
 	}
 }
 

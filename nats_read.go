@@ -27,7 +27,7 @@ func (b *bucket) last(t *retryBudget, key string) (record, error) {
 // direct reports whether a direct get may be used now.
 func (b *bucket) direct() bool {
 	s := b.settings.Load()
-	if s.Replicas > 1 || !s.AllowDirect || s.copies {
+	if s.Replicas > 1 || !s.AllowDirect || s.mirrored {
 		return false
 	}
 	if e, _ := b.current(); s.epoch != e || time.Since(s.checked) > settingsLife {

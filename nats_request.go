@@ -94,8 +94,8 @@ type retryBudget struct {
 	sent  time.Time // when the first request was sent; zero if none was
 	pause time.Duration
 
-	started time.Time
-	slow    bool // that it takes long has been logged
+	started time.Time // when the operation began; begun moves while the link is slow
+	slow    bool      // that it takes long has been logged
 }
 
 func newBudget(ctx context.Context) *retryBudget {
@@ -142,6 +142,8 @@ type requester struct {
 	close  context.CancelFunc
 	active sync.WaitGroup // what Close waits for
 
+	pool sync.Pool // of exchanges
+
 	inbox string // what reply subjects begin with
 	sub   *nats.Subscription
 
@@ -167,15 +169,15 @@ func newEpoch(status nats.Status) *epoch { return &epoch{status, make(chan struc
 // An exchange is a request that waits for its answer.
 type exchange struct {
 	reply  string
-	answer chan *nats.Msg // with room for what may come: nobody waits to fill it
+	answer chan *nats.Msg // buffered, so that receive never blocks on it
 	timer  *time.Timer
 }
 
-var exchangePool = sync.Pool{New: func() any {
+func newExchange() any {
 	x := &exchange{answer: make(chan *nats.Msg, 2), timer: time.NewTimer(time.Hour)}
 	x.timer.Stop()
 	return x
-}}
+}
 
 // A connection is the way to a JetStream API.
 type connection struct {
@@ -188,7 +190,7 @@ type connection struct {
 func newRequester(c connection) (*requester, error) {
 	r := &requester{
 		nc: c.nc, api: "$JS.API.", log: c.log,
-		exchanges: make(map[string]*exchange), epoch: newEpoch(c.nc.Status()),
+		exchanges: make(map[string]*exchange), epoch: newEpoch(c.nc.Status()), pool: sync.Pool{New: newExchange},
 	}
 	switch {
 	case c.domain != "":
@@ -262,7 +264,7 @@ func (r *requester) follow(status chan nats.Status) {
 	}
 }
 
-// current returns the epoch, and whether the connection is up.
+// current returns the current epoch and the connection's status.
 func (r *requester) current() (*epoch, nats.Status) {
 	r.mu.Lock()
 	e := r.epoch
@@ -329,7 +331,7 @@ func (r *requester) receive(msg *nats.Msg) {
 
 // expect begins an exchange.
 func (r *requester) expect() *exchange {
-	x := exchangePool.Get().(*exchange)
+	x := r.pool.Get().(*exchange)
 	r.register(x)
 	return x
 }
@@ -361,7 +363,7 @@ func (r *requester) forget(x *exchange) {
 		}
 		break
 	}
-	exchangePool.Put(x)
+	r.pool.Put(x)
 }
 
 // repetition says what may be done about a request that is not answered.

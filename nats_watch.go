@@ -87,8 +87,8 @@ func (s *feeds) hold(p pattern, follow bool) (f *feed, w *natsWatch, isNew bool)
 		f = &feed{
 			b: s.b, pattern: p, maxCut: s.maxCut, expecting: follow,
 			ready: make(chan struct{}), wake: make(chan struct{}, 1),
-			alive: make(map[string]*tracked), touched: make(map[string]uint64), doubtful: make(map[string]*tracked), buried: make(map[string]burial),
-			heard: time.Now(), listPause: stateLife, floor: math.MaxUint64,
+			alive: make(map[string]*tracked), touched: make(map[string]uint64), unconfirmed: make(map[string]*tracked), recentDeletions: make(map[string]reportedDeletion),
+			lastContact: time.Now(), listPause: stateLife, floor: math.MaxUint64,
 		}
 		f.ctx, f.quit = context.WithCancel(s.b.life)
 		s.by[p] = f

@@ -437,7 +437,7 @@ func TestWatchEnds(t *testing.T) {
 		_, err := s.Watch("*")
 		refuses(t, ErrWatchClosed, err)
 	})
-	t.Run("bucket made anew", func(t *testing.T) {
+	t.Run("bucket created again", func(t *testing.T) {
 		t.Parallel()
 		nc := connect(t, startServer(t, nil).ClientURL())
 		s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})

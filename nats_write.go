@@ -359,8 +359,8 @@ func (b *bucket) encode(m mutation, base record, pre precondition) (*nats.Msg, r
 	return &nats.Msg{Subject: b.route + b.prefix + m.key, Header: hdr.Header, Data: m.value}, next, nil
 }
 
-// wrote returns the error of a write, and reports one of unknown outcome.
-func (b *bucket) wrote(verb, key string, err error) error {
+// writeError returns the error of a write, and reports one of unknown outcome.
+func (b *bucket) writeError(verb, key string, err error) error {
 	if errors.Is(err, ErrOutcomeUnknown) {
 		b.stats.unknown.Add(1)
 		b.log.Warn("state: the outcome of a write is unknown", "operation", verb, "key", key, "error", err)

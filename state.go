@@ -108,7 +108,7 @@ type Store interface {
 	// DeleteRevision deletes the key only if its current revision is the given
 	// one. Otherwise, and if the key does not exist, it returns ErrConflict and
 	// nothing was written. Other errors are as for Put. On NATS it costs one
-	// request.
+	// request, or two if the store has not seen the revision.
 	DeleteRevision(key string, revision uint64) error
 
 	// Entries returns the entries of all keys matching a pattern, sorted by key:

@@ -200,7 +200,7 @@ func WithLock(ctx context.Context, store StateStore, key string, ttl time.Durati
 // It reports whether fn was called.
 func hold(ctx context.Context, lock Lock, ttl time.Duration, until time.Time, fn func(ctx context.Context, token uint64) error) (called bool, err error) {
 	r := &renewer{lock: lock, ttl: ttl, until: until}
-	if err := r.freshen(ctx); err != nil {
+	if err := r.ensureFresh(ctx); err != nil {
 		_ = lock.Unlock()
 		return false, err
 	}
@@ -232,7 +232,7 @@ type renewer struct {
 
 	lost   atomic.Bool             // the lease can no longer be counted on
 	cancel context.CancelCauseFunc // ends the context of the work
-	expiry *time.Timer             // calls lose at until
+	expiry *time.Timer             // calls markLost at until
 
 	released      bool
 	stop, stopped chan struct{}
@@ -248,8 +248,8 @@ func (r *renewer) refresh() error {
 	return err
 }
 
-// freshen makes sure that at least two thirds of the lease are left.
-func (r *renewer) freshen(ctx context.Context) error {
+// ensureFresh makes sure that at least two thirds of the lease are left.
+func (r *renewer) ensureFresh(ctx context.Context) error {
 	if r.ttl <= 0 {
 		return ErrInvalidTTL
 	}
@@ -289,13 +289,13 @@ func (r *renewer) start(ctx context.Context) context.Context {
 	held, cancel := context.WithCancelCause(ctx)
 	r.cancel = cancel
 	r.stop, r.stopped = make(chan struct{}), make(chan struct{})
-	r.expiry = time.AfterFunc(time.Until(r.until), r.lose)
+	r.expiry = time.AfterFunc(time.Until(r.until), r.markLost)
 	go r.keep()
 	return held
 }
 
-// lose ends the work, as the lock is lost.
-func (r *renewer) lose() {
+// markLost ends the work, as the lock is lost.
+func (r *renewer) markLost() {
 	r.lost.Store(true)
 	r.cancel(ErrLockExpired)
 }
@@ -325,7 +325,7 @@ func (r *renewer) keep() {
 			r.expiry.Reset(time.Until(r.until))
 			timer.Reset(next())
 		case err == ErrLockExpired, err == ErrLockNotHeld:
-			r.lose()
+			r.markLost()
 			return
 		default:
 			timer.Reset(max(min(r.ttl/20, 100*time.Millisecond), minRenewal))

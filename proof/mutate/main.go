@@ -78,12 +78,12 @@ var mutations = []mutation{
 	{"memory-update-without-cas", []edit{{"if expected != nil && it.current() != *expected {", "if false && it.current() != *expected {"}}, []string{"memory-model", "memory-suite", inMemory}},
 	{"delete-revision-without-precondition", []edit{
 		{"if expected != nil && (it == nil || it.revision != *expected) {", "if false {"},
-		{"	_, err = s.data.update(newBudget(ctx), m, revision)\n	return s.data.wrote(\"delete\"", "	err = s.data.remove(newBudget(ctx), m)\n	return s.data.wrote(\"delete\""},
+		{"	_, err = s.data.update(newBudget(ctx), m, revision)\n	return s.data.writeError(\"delete\"", "	err = s.data.remove(newBudget(ctx), m)\n	return s.data.writeError(\"delete\""},
 	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
 	{"modify-without-cas", []edit{{"		if revision, err = store.Update(key, value, ttl, revision); err != ErrConflict {\n", "		if err = store.Put(key, value, ttl); err != ErrConflict {\n"}}, []string{"memory-model", inMemory}},
 	{"no-cas", []edit{{"	case pre == ifUnchanged && e.fixed:\n		hdr.set(headerExpected, padded(base.revision))\n	case pre == ifUnchanged:\n		hdr.set(headerExpected, strconv.FormatUint(base.revision, 10))\n", "	case false:\n"}}, []string{oneServer, "deletes", "nats-suite", "exclusion"}},
 	{"unlock-without-ownership", []edit{
-		{"	over := l.released || l.lapseLocked(time.Now()) && !l.unsure\n", "	over := l.released\n"},
+		{"	over := l.released || l.lapseLocked(time.Now()) && !l.inDoubt\n", "	over := l.released\n"},
 		{"if err == nil && l.lapsed {", "if false {"},
 		{"held == nil || held.token != l.token || held.deadline.passed(d.now())", "held == nil"},
 		{"if holderOf(base.op) != l.owner {", "if false {"},
@@ -133,13 +133,13 @@ var mutations = []mutation{
 	}, []string{"nats-model", "both-model"}},
 
 	// Reads and listings.
-	{"reads-from-any-replica", []edit{{"if s.Replicas > 1 || !s.AllowDirect || s.copies {", "if !s.AllowDirect {"}}, []string{three, "isolated"}},
+	{"reads-from-any-replica", []edit{{"if s.Replicas > 1 || !s.AllowDirect || s.mirrored {", "if !s.AllowDirect {"}}, []string{three, "isolated"}},
 	{"mirrors-are-trusted", []edit{
-		{"s.Replicas > 1 || !s.AllowDirect || s.copies", "s.Replicas > 1 || !s.AllowDirect"},
+		{"s.Replicas > 1 || !s.AllowDirect || s.mirrored", "s.Replicas > 1 || !s.AllowDirect"},
 		{"err != nil || last(\"Nats-Stream\") != stream ||", "err != nil ||"},
 	}, []string{"altered"}},
 	{"a-direct-404-is-trusted", []edit{
-		{"s.Replicas > 1 || !s.AllowDirect || s.copies", "s.Replicas > 1 || !s.AllowDirect"},
+		{"s.Replicas > 1 || !s.AllowDirect || s.mirrored", "s.Replicas > 1 || !s.AllowDirect"},
 		{"	if !ok || b.cache.recall(key).revision > r.revision {\n", "	if statusOf(answer) == \"404\" {\n		return record{}, true\n	}\n	if !ok || b.cache.recall(key).revision > r.revision {\n"},
 	}, []string{"altered"}},
 	{"settings-stay-as-they-were", []edit{
@@ -173,7 +173,7 @@ var mutations = []mutation{
 	{"binding-changes-the-history", []edit{{"has > 0 && int64(b.want.history) > has {", "has > 0 && b.want.history > 0 && int64(b.want.history) != has {"}}, []string{"binding"}},
 	{"locks-in-memory", []edit{{"	case c.Storage != \"file\":\n", "	case false:\n"}}, []string{"unfit-locks"}},
 	{"locks-in-a-bucket-with-max-age", []edit{{"	case c.MaxAge > 0:\n", "	case false:\n"}}, []string{"unfit-locks"}},
-	{"waiters-poll", []edit{{"		if q.sub == nil || s.deaf {\n			wake = earlier(wake, began.Add(deafCheck))", "		if true {\n			wake = earlier(wake, began.Add(30*time.Millisecond))"}}, []string{"waiting"}},
+	{"waiters-poll", []edit{{"		if q.sub == nil || s.missesReleases {\n			wake = earlier(wake, began.Add(missedReleaseCheck))", "		if true {\n			wake = earlier(wake, began.Add(30*time.Millisecond))"}}, []string{"waiting"}},
 	{"refresh-by-the-estimate", []edit{{"	r, err := n.write(newBudget(ctx), l, mutation{value: n.s.leaseData(l.ttl, l.token), ttl: l.ttl})\n", "	if n.b.expired(newBudget(ctx), n.b.cache.recall(l.key).deadline) {\n		return ErrLockExpired\n	}\n	r, err := n.write(newBudget(ctx), l, mutation{value: n.s.leaseData(l.ttl, l.token), ttl: l.ttl})\n"}}, []string{"refreshes"}},
 
 	// Watches, Follow and Cache.
@@ -184,7 +184,7 @@ var mutations = []mutation{
 		{"			q.events[q.head+n-q.popped] = ev\n", "			_ = n\n"},
 	}, []string{"fuzz", "memory-suite"}},
 	{"watch-forgets-expiries", []edit{
-		{"		default:\n			f.gone(t, t.revision, t.deadline)\n", "		default:\n			delete(f.alive, t.key)\n"},
+		{"		default:\n			f.reportDeletion(t, t.revision, t.deadline)\n", "		default:\n			delete(f.alive, t.key)\n"},
 		{"		d.remove(it, it.revision, it.deadline)\n", "		delete(d.items, it.key)\n		d.keys.remove(it.key)\n"},
 	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
 	{"watch-forgets-what-it-missed", []edit{
