@@ -284,6 +284,7 @@ var errUnchanged = errors.New("the write was not stored yet")
 // returns the record that the write has left, errUnchanged if base is still the
 // key's last record, or errMoved if another one is: that may have replaced ours.
 func (b *bucket) lookForWrite(t *retryBudget, m mutation, base record) (record, error) {
+	since := t.since
 	found, err := b.leaderLast(t, m.key)
 	switch {
 	case err != nil:
@@ -292,6 +293,7 @@ func (b *bucket) lookForWrite(t *retryBudget, m mutation, base record) (record, 
 		b.cache.learn(m.key, found)
 		return found, nil
 	case found.revision == base.revision:
+		t.since = since // that is no progress
 		return record{}, errUnchanged
 	}
 	b.cache.learn(m.key, found)

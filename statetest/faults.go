@@ -1,7 +1,6 @@
 package statetest
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -109,16 +108,14 @@ func (c Calls) Fail(err error) *Rule {
 	return c.rule(effect{what: "failed: " + err.Error(), refuse: err})
 }
 
-// Deny makes the call fail as if the connection's user lacked a permission: with
-// an error that wraps [context.DeadlineExceeded], after the two seconds for which
-// a NATSStore waits for an answer. Nothing is written.
+// Deny makes the call fail as one for which the connection's user lacks a
+// permission. The server does not answer such a request, so the call fails after
+// five seconds, or when its context ends, with an error that wraps
+// [context.DeadlineExceeded] and, if it writes, [state.ErrOutcomeUnknown]. Nothing
+// is written.
 func (c Calls) Deny() *Rule { return c.rule(denied) }
 
-var denied = effect{
-	what:   "denied",
-	refuse: fmt.Errorf("permissions violation: %w", context.DeadlineExceeded),
-	after:  requestTimeout,
-}
+var denied = effect{what: "denied", lost: true, never: true, denied: true}
 
 // LoseAnswer applies a write at once and loses its answer. The call fails after
 // five seconds, or when its context ends. The error wraps

@@ -16,9 +16,6 @@ const (
 	// opTimeout is how long an operation of a NATSStore goes on without
 	// progress.
 	opTimeout = 5 * time.Second
-	// requestTimeout is how long a NATSStore waits for the answer to a write
-	// that the server refuses to take.
-	requestTimeout = 2 * time.Second
 	// maxLate is how long after its call has failed a write is applied at the
 	// latest.
 	maxLate = 10 * time.Second
@@ -229,12 +226,12 @@ type effect struct {
 	pause  time.Duration // the process stands still for so long first
 	outage time.Duration // the connection breaks for so long
 	refuse error         // it fails with it, nothing is applied
-	after  time.Duration // so long after
 	travel time.Duration // how long the request is on its way
 	answer time.Duration // how long the answer is
 	lost   bool          // no answer comes
 	giveUp time.Duration // how long it waits for the lost answer; 0 stands for opTimeout
 	never  bool          // and it is not applied
+	denied bool          // for lack of permission
 	delay  time.Duration // or so long after the call has failed
 	behind int           // or after so many changes of the key, too
 
@@ -273,16 +270,13 @@ func run[T any](c *call, invalid error, apply func(below state.Store) (T, error)
 	}
 	switch {
 	case c.refuse != nil:
-		if err := s.wait(c.ctx, c.after); err != nil {
-			return none, c.interrupted(err, false)
-		}
 		return none, c.failed(c.refuse)
 
 	case c.lost && !c.op.writes():
 		if err := s.wait(c.ctx, c.timeout()); err != nil {
 			return none, c.interrupted(err, false)
 		}
-		return none, c.failed(errNoAnswer)
+		return none, c.failed(c.noAnswer())
 
 	case c.lost:
 		switch {
@@ -300,7 +294,7 @@ func run[T any](c *call, invalid error, apply func(below state.Store) (T, error)
 		if err := s.wait(c.ctx, c.timeout()); err != nil {
 			return none, c.interrupted(err, true)
 		}
-		return none, c.failed(errLost)
+		return none, c.failed(fmt.Errorf("%w: %w", state.ErrOutcomeUnknown, c.noAnswer()))
 
 	case c.travel > 0 || c.answer > 0:
 		err := s.wait(c.ctx, c.travel)
@@ -338,7 +332,7 @@ func run[T any](c *call, invalid error, apply func(below state.Store) (T, error)
 
 var (
 	errNoAnswer     = fmt.Errorf("no answer: %w", context.DeadlineExceeded)
-	errLost         = fmt.Errorf("%w: %w", state.ErrOutcomeUnknown, errNoAnswer)
+	errDenied       = fmt.Errorf("%w (the connection last reported: permissions violation)", errNoAnswer)
 	errNotConnected = errors.New("not connected")
 	errUnavailable  = errors.New("no responders available for request")
 )
@@ -354,6 +348,14 @@ func (c *call) timeout() time.Duration {
 		return c.giveUp
 	}
 	return opTimeout
+}
+
+// noAnswer returns why no answer comes.
+func (c *call) noAnswer() error {
+	if c.denied {
+		return errDenied
+	}
+	return errNoAnswer
 }
 
 // failed returns the error of the call: err itself if it is a documented
@@ -506,7 +508,7 @@ func (s *Store) reach(c *call, sent bool) error {
 	case c.op.writes() && !sent:
 		return errNotConnected
 	case c.op.writes():
-		return errLost
+		return fmt.Errorf("%w: %w", state.ErrOutcomeUnknown, errNoAnswer)
 	}
 	return errNoAnswer
 }
