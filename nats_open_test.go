@@ -3,6 +3,7 @@ package state
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"testing"
 	"time"
@@ -287,4 +288,30 @@ func TestMarkerBucket(t *testing.T) {
 	keys, err := s.Keys("*")
 	require.NoError(t, err)
 	assert.Equal(t, []string{"theirs"}, keys)
+}
+
+// TestOpenBeforeTheServer: with RetryOnFailedConnect a connection may be there
+// before its server is. Opening a store then says so in time, and succeeds if the
+// server comes up meanwhile.
+func TestOpenBeforeTheServer(t *testing.T) {
+	t.Parallel()
+	port := freePort(t)
+	nc, err := nats.Connect(fmt.Sprintf("nats://127.0.0.1:%d", port), nats.RetryOnFailedConnect(true), nats.MaxReconnects(-1), nats.ReconnectWait(20*time.Millisecond))
+	require.NoError(t, err)
+	defer nc.Close()
+	began := time.Now()
+	_, err = NewNATSStore(NATSStoreConfig{Conn: nc, Bucket: "b"})
+	require.ErrorIs(t, err, nats.ErrDisconnected)
+	require.Less(t, time.Since(began), opTimeout+opTimeout/2)
+
+	opened := make(chan error, 1)
+	go func() {
+		s, err := NewNATSStore(NATSStoreConfig{Conn: nc, Bucket: "b"})
+		if err == nil {
+			err = errors.Join(s.Put("k", []byte("v"), 0), s.Close())
+		}
+		opened <- err
+	}()
+	runServer(t, &server.Options{Host: "127.0.0.1", Port: port, JetStream: true, StoreDir: t.TempDir(), NoSigs: true, NoLog: true})
+	require.NoError(t, <-opened)
 }

@@ -257,7 +257,7 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 			// Another attempt on the same revision can only be stored if no
 			// earlier one ever is.
 			if !t.wait(b.life) {
-				if err = b.ended(t); err == nil {
+				if err = b.ended(t); err == nil && inDoubt == nil {
 					err = errBusy
 				}
 				return record{}, unknownIf(inDoubt, err)
