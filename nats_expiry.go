@@ -1,6 +1,7 @@
 package state
 
 import (
+	"math"
 	"time"
 )
 
@@ -16,6 +17,40 @@ const (
 	// maxOverdue is how long after a deadline a feed that is behind asks about it.
 	maxOverdue = timestamp(400 * time.Millisecond)
 )
+
+// The liveKeys of a feed are the matching keys that exist as far as it has
+// reported, and what it needs to find out when they do not exist any more.
+type liveKeys struct {
+	alive    map[string]*tracked
+	expiries expiryQueue
+	deferred time.Time // until when it does not look at what has expired
+	asking   bool      // what has expired is being found out
+
+	// Until the keys that existed before are listed, and during each later
+	// listing, touched has the revisions that were read.
+	expecting bool // the first listing comes from a Follow
+	listed    bool // there was one
+	listing   bool // there is one under way
+	touched   map[string]uint64
+
+	recentDeletions map[string]reportedDeletion
+	unconfirmed     map[string]*tracked // keys with a newer revision that has not arrived
+
+	// What was removed without a message is found out by the stream's state.
+	floor     uint64 // no key alive has a revision below
+	messages  uint64 // in the stream, when last looked at
+	lastState *streamState
+	nextList  time.Time // when to look for keys that were removed, at the earliest
+	listPause time.Duration
+}
+
+func newLiveKeys(follow bool) liveKeys {
+	return liveKeys{
+		alive: make(map[string]*tracked), touched: make(map[string]uint64),
+		recentDeletions: make(map[string]reportedDeletion), unconfirmed: make(map[string]*tracked),
+		expecting: follow, listPause: stateLife, floor: math.MaxUint64,
+	}
+}
 
 // A tracked is a key that exists.
 type tracked struct {

@@ -58,44 +58,45 @@ type feed struct {
 
 	// What follows is owned by run.
 
-	source        *consumer // nil while it is cut off
-	epoch         *epoch    // of the connection that the source is on
-	asked         int       // messages that the server may still send
+	attachment
+	liveKeys
+	stopping bool // it has come to its end
+}
+
+func newFeed(b *bucket, p pattern, maxCut time.Duration, follow bool) *feed {
+	f := &feed{
+		b: b, pattern: p, maxCut: maxCut,
+		ready: make(chan struct{}), wake: make(chan struct{}, 1),
+		attachment: attachment{lastContact: time.Now()},
+		liveKeys:   newLiveKeys(follow),
+	}
+	f.ctx, f.quit = context.WithCancel(b.life)
+	return f
+}
+
+// An attachment is a feed's connection to the stream.
+type attachment struct {
+	source   *consumer // nil while it is cut off
+	epoch    *epoch    // of the connection that the source is on
+	asked    int       // messages that the server may still send
+	created  time.Time // the stream's, which distinguishes it from another of its name; never changed once the feed is ready
+	openedAt timestamp // by the server's clock
+
+	cursor  uint64 // the last sequence that was dealt with
+	pending uint64 // how many messages there were behind it
+	targets []target
+
 	attempts      int       // to attach, in a row
 	refusal       time.Time // since when attaching has been refused
 	missing       time.Time // since when the bucket has not been found
 	cut           time.Time // since when it is cut off
 	lastContact   time.Time // when something came last
 	lastContactAt timestamp // the same by the server's clock, which no pause of ours stops
-	cursor        uint64    // the last sequence that was dealt with
-	pending       uint64    // how many messages there were behind it
-	readSeq       uint64    // how far the consumer has read the stream
-	lastReadSeq   uint64    // and how far when it was last seen to get on
-	goalSeq       uint64    // what it has to come to
-	goalSeqSince  time.Time // since when it has not got on
-	created       time.Time // the stream's, which distinguishes it from another of its name; never changed once the feed is ready
-	openedAt      timestamp // by the server's clock
-	expecting     bool      // the first listing comes from a Follow
 
-	// alive are the matching keys that exist as far as was reported, and when
-	// they expire. Until the keys that existed before are listed, touched has
-	// what was read since the feed began.
-	alive           map[string]*tracked
-	expiries        expiryQueue
-	listed          bool
-	listing         bool
-	touched         map[string]uint64
-	recentDeletions map[string]reportedDeletion
-	deferred        time.Time           // until when it does not look at what has expired
-	asking          bool                // what has expired is being found out
-	unconfirmed     map[string]*tracked // keys with a newer revision that has not arrived
-	floor           uint64              // no key alive has a revision below
-	messages        uint64              // in the stream, when last looked at
-	nextList        time.Time           // when to look for keys that were removed, at the earliest
-	listPause       time.Duration
-	targets         []target
-	lastState       *streamState
-	stopping        bool // it has come to its end
+	readSeq      uint64    // how far the consumer has read the stream
+	lastReadSeq  uint64    // and how far when it was last seen to get on
+	goalSeq      uint64    // what it has to come to
+	goalSeqSince time.Time // since when it has not got on
 }
 
 // A target is a progress that holds once so many messages have been read from a
@@ -225,8 +226,8 @@ func (f *feed) endBecause(err error) {
 	f.b.log.Warn("state: a watch ends", "bucket", f.b.name, "pattern", f.pattern.String(), "reason", err)
 }
 
-// An attachment is a feed's new connection to the stream.
-type attachment struct {
+// A newSource is what a feed attaches to.
+type newSource struct {
 	info   *streamInfo
 	source *consumer
 	epoch  *epoch
@@ -245,7 +246,7 @@ func (f *feed) attach() {
 }
 
 // connect makes the consumer. It owns nothing of the feed.
-func (f *feed) connect(first bool, cursor uint64, created time.Time, lastContactAt timestamp, maxCut time.Duration) (a attachment, err error) {
+func (f *feed) connect(first bool, cursor uint64, created time.Time, lastContactAt timestamp, maxCut time.Duration) (a newSource, err error) {
 	t := newBudget(f.ctx)
 	if a.epoch, err = f.b.connected(t); err != nil {
 		return a, err
@@ -269,7 +270,7 @@ func (f *feed) connect(first bool, cursor uint64, created time.Time, lastContact
 }
 
 // attached takes over a new connection, or decides what to do without.
-func (f *feed) attached(a attachment, err error) {
+func (f *feed) attached(a newSource, err error) {
 	if err == nil {
 		f.source, f.epoch, f.asked, f.pending = a.source, a.epoch, 0, 0
 		f.goalSeq, f.goalSeqSince = 0, time.Now()

@@ -2,7 +2,6 @@ package state
 
 import (
 	"context"
-	"math"
 	"slices"
 	"sync"
 	"time"
@@ -84,13 +83,7 @@ func (s *feeds) hold(p pattern, follow bool) (f *feed, w *natsWatch, isNew bool)
 	f = s.by[p]
 	if f == nil {
 		isNew = true
-		f = &feed{
-			b: s.b, pattern: p, maxCut: s.maxCut, expecting: follow,
-			ready: make(chan struct{}), wake: make(chan struct{}, 1),
-			alive: make(map[string]*tracked), touched: make(map[string]uint64), unconfirmed: make(map[string]*tracked), recentDeletions: make(map[string]reportedDeletion),
-			lastContact: time.Now(), listPause: stateLife, floor: math.MaxUint64,
-		}
-		f.ctx, f.quit = context.WithCancel(s.b.life)
+		f = newFeed(s.b, p, s.maxCut, follow)
 		s.by[p] = f
 	}
 	f.refs++
