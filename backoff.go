@@ -2,6 +2,7 @@ package state
 
 import (
 	"context"
+	"errors"
 	"math/rand/v2"
 	"time"
 )
@@ -43,5 +44,5 @@ func final(err error) bool {
 	case ErrClosed, ErrInvalidKey, ErrInvalidTTL, ErrValueTooLarge, errUnopened:
 		return true
 	}
-	return false
+	return errors.As(err, new(permanentError))
 }

@@ -236,7 +236,9 @@ func (c *Cache) AsOf() time.Time {
 // change itself is. It returns an error that wraps the context's if ctx ends
 // first, and ErrClosed when the cache is no longer kept up to date. On a
 // NATSStore it costs no request if the cache has the change already, as a rule
-// three otherwise, and more if the revision has not been written yet.
+// three otherwise, and more if the revision has not been written yet. A bucket
+// that is deleted and created again begins with new revisions: until the cache has
+// noticed, Wait can take one of them for one of the old bucket.
 func (c *Cache) Wait(ctx context.Context, revision uint64) error {
 	c.mu.Lock()
 	c.waiting++

@@ -83,6 +83,11 @@ func isOutcome(err error) bool {
 	return false
 }
 
+// A permanentError is a failure that will not pass.
+type permanentError struct{ error }
+
+func (e permanentError) Unwrap() error { return e.error }
+
 // opError adds the operation and the key to a failure.
 func opError(verb, key string, err error) error {
 	if err == nil || isOutcome(err) {

@@ -24,9 +24,10 @@ const (
 // revision within five seconds, it returns an error, and the key expires.
 //
 // Before ctx ends it returns only errors that are permanent: [ErrInvalidKey],
-// [ErrInvalidTTL] if ttl is not positive, [ErrValueTooLarge] and [ErrClosed].
-// Then the key is left to expire. Any other failure is retried several times
-// within ttl. A ttl of a few milliseconds cannot be kept up.
+// [ErrInvalidTTL] if ttl is not positive, [ErrValueTooLarge], [ErrClosed], and
+// that of a connection which its owner has closed. Then the key is left to expire.
+// Any other failure is retried several times within ttl. A ttl of a few
+// milliseconds cannot be kept up.
 //
 // A key should have one owner. KeepAlive overwrites what it finds, so the value of
 // a key with two of them alternates. To decide who owns a key, take a lock; see

@@ -85,6 +85,9 @@ func passing(err error) bool {
 // errNoAnswer is the cause of a request that nobody answered.
 var errNoAnswer = fmt.Errorf("no answer: %w", context.DeadlineExceeded)
 
+// errConnectionClosed is the error of a connection that its owner has closed.
+var errConnectionClosed = permanentError{nats.ErrConnectionClosed}
+
 // A retryBudget is the time that one operation has. An answer is progress, and
 // gives it more.
 type retryBudget struct {
@@ -283,7 +286,7 @@ func (r *requester) connected(t *retryBudget) (*epoch, error) {
 			}
 			late = true // the news of it is on its way
 		case nats.CLOSED:
-			return nil, nats.ErrConnectionClosed
+			return nil, errConnectionClosed
 		case nats.DRAINING_PUBS, nats.DRAINING_SUBS:
 			return nil, nats.ErrConnectionDraining
 		}
@@ -524,7 +527,7 @@ func await[T any](w *waiter, arrivals <-chan T) (arrival T, err error) {
 			w.timer.Reset(checkInterval)
 		case <-w.epoch.over:
 			if w.r.nc.IsClosed() {
-				return arrival, nats.ErrConnectionClosed
+				return arrival, errConnectionClosed
 			}
 			return arrival, nats.ErrDisconnected
 		case <-w.t.ctx.Done():

@@ -30,7 +30,8 @@ const (
 // and through outages, until ctx ends. Waiters are not queued: the first to ask
 // after a release gets the lock.
 //
-// It returns [ErrClosed], [ErrInvalidKey] and [ErrInvalidTTL] at once. It returns
+// It returns [ErrClosed], [ErrInvalidKey], [ErrInvalidTTL] and the error of a
+// connection that its owner has closed at once. It returns
 // [ErrLockExpired] if ten leases in a row had lapsed when the answer arrived: the
 // TTL is too short for the distance to the store. When ctx ends, it returns the
 // bare [ErrLockHeld] if somebody still held the lock, and otherwise an error that
@@ -162,6 +163,10 @@ func validUntil(lock Lock) time.Time {
 //     fn's context.
 //   - otherwise: what fn returned.
 //
+// Hold returns after fn and Unlock. While the server cannot be reached, that can
+// be ten seconds after fn: a Refresh that is under way takes up to five, and so
+// does Unlock.
+//
 // It costs a request each third of the TTL and one to unlock.
 func Hold(ctx context.Context, lock Lock, ttl time.Duration, fn func(ctx context.Context, token uint64) error) error {
 	_, err := hold(ctx, lock, ttl, validUntil(lock), fn)
@@ -221,7 +226,7 @@ func hold(ctx context.Context, lock Lock, ttl time.Duration, until time.Time, fn
 	case err == nil, err == ErrLockExpired, err == ended:
 		return true, ErrLockExpired
 	}
-	return true, errors.Join(ErrLockExpired, err)
+	return true, fmt.Errorf("%w: %w", ErrLockExpired, err)
 }
 
 // A renewer keeps a lock refreshed while somebody works under it.

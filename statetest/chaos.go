@@ -60,9 +60,11 @@ func DefaultRates() Rates {
 //
 // What happens to a call depends only on the seed, the method, the key and the
 // number of such calls before it. So a program that makes the same calls meets the
-// same faults. In a testing/synctest bubble they also happen at the same time, so
-// a test that failed fails again with the seed that it logged. Give each Store of
-// a test a different seed.
+// same faults, and in a testing/synctest bubble at the same times: run a test that
+// failed again with the seed that it logged. What the program itself leaves to
+// chance stays so: which of two goroutines that are ready at the same time runs
+// first, and the order in which it ranges over a map. Give each Store of a test a
+// different seed, and have no two agents begin at the same time.
 func (s *Store) Chaos(t testing.TB, seed uint64, rates Rates) {
 	s.mu.Lock()
 	s.chaos = &chaos{seed, rates}

@@ -18,7 +18,7 @@
 // A fault takes one line. [Store.On] selects calls, and a method of [Calls] says
 // what happens to them:
 //
-//	store.On(statetest.Put, "agents.*").Fail(err)                    // fails, not applied
+//	store.On(statetest.Update, "agents.*").Fail(err)                 // fails, not applied; KeepAlive writes by Update
 //	store.On(statetest.Put, "jobs.*").Fail(state.ErrValueTooLarge)   // a value that is too large
 //	store.On(statetest.Writes, "config.*").Always().Deny()           // no permission
 //	store.On(statetest.Update, "counter").Nth(3).LoseAnswer()        // applied, outcome unknown
@@ -66,7 +66,7 @@
 // # Time
 //
 // All delays use package time. In a testing/synctest bubble a day passes at once,
-// and the same test meets the same faults at the same times. After [Store.Close]
-// nothing is left running. Around a NATSStore, a Store works the same in real
-// time.
+// and a program that makes the same calls meets the same faults at the same times.
+// After [Store.Close] nothing is left running. Around a NATSStore, a Store works
+// the same in real time.
 package statetest

@@ -130,7 +130,7 @@ var seeds = flag.Int("seeds", 10, "how many seeds the swarm runs with under chao
 func TestSwarmUnderChaos(t *testing.T) {
 	for seed := range uint64(*seeds) {
 		if faults, wrong := runUnderChaos(t, seed, func(s state.Store) state.Store { return s }); len(wrong) > 0 {
-			t.Fatalf("seed %d: %q; the faults:\n%s", seed, wrong, strings.Join(faults, "\n"))
+			t.Fatalf("seed %d: %q; the last of %d faults:\n%s", seed, wrong, len(faults), strings.Join(faults[max(len(faults)-50, 0):], "\n"))
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -165,7 +166,9 @@ func (w *Witness) Terms() (terms []Term) {
 	for _, t := range w.terms {
 		terms = append(terms, t)
 	}
-	slices.SortFunc(terms, func(x, y Term) int { return x.Granted.Compare(y.Granted) })
+	slices.SortFunc(terms, func(x, y Term) int { // in a bubble several can begin at the same instant
+		return cmp.Or(x.Granted.Compare(y.Granted), cmp.Compare(x.Token, y.Token))
+	})
 	return terms
 }
 
