@@ -247,6 +247,9 @@ func (c *Cache) Wait(ctx context.Context, revision uint64) error {
 		c.mu.Unlock()
 	}()
 	for asked := false; ; asked = true {
+		if c.closed() {
+			return ErrClosed
+		}
 		if c.reached.revision >= revision || slices.Contains(c.recent[:], revision) {
 			return nil
 		}

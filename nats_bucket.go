@@ -59,6 +59,7 @@ type settings struct {
 	checked  time.Time
 	epoch    *epoch // of the connection that they came on
 	mirrored bool   // mirrors of the stream are known
+	alone    bool   // the stream's server is not part of a cluster
 	state    *streamState
 }
 
@@ -185,7 +186,7 @@ func (b *bucket) noteInfo(info *streamInfo, asked time.Time, e *epoch) error {
 	b.clock.set(timestamp(info.Now.UnixNano()), asked, e)
 	now := &settings{
 		streamConfig: info.config, created: info.Created, checked: asked, epoch: e,
-		mirrored: len(info.Alternates) > 1, state: &info.State,
+		mirrored: len(info.Alternates) > 1, alone: info.Cluster == nil, state: &info.State,
 	}
 	last := b.settings.Load()
 	for ; last == nil || !last.checked.After(asked); last = b.settings.Load() {

@@ -245,9 +245,19 @@ func (f *feed) attach() {
 	})
 }
 
-// connect makes the consumer. It owns nothing of the feed.
+// connect makes the consumer, also if the connection is lost meanwhile. It owns
+// nothing of the feed.
 func (f *feed) connect(first bool, cursor uint64, created time.Time, lastContactAt timestamp, maxCut time.Duration) (a newSource, err error) {
 	t := newBudget(f.ctx)
+	for {
+		if a, err = f.tryToConnect(t, first, cursor, created, lastContactAt, maxCut); err == nil || !passing(err) || !t.wait(f.b.life) {
+			return a, err
+		}
+		f.b.retrying(t, f.b.filter(f.pattern))
+	}
+}
+
+func (f *feed) tryToConnect(t *retryBudget, first bool, cursor uint64, created time.Time, lastContactAt timestamp, maxCut time.Duration) (a newSource, err error) {
 	if a.epoch, err = f.b.connected(t); err != nil {
 		return a, err
 	}

@@ -235,4 +235,13 @@ func TestRevokedPermissions(t *testing.T) {
 	}
 	require.NoError(t, s.Delete("k"))
 	assert.Equal(t, "delete k", brief(receive(t, events)))
+
+	// The server ends the subscriptions for which there is no permission any more.
+	next := opts.Clone()
+	next.Users = users()
+	next.Users[0].Permissions = &server.Permissions{Subscribe: &server.SubjectPermission{Allow: []string{">"}, Deny: []string{"_INBOX.>"}}}
+	require.NoError(t, srv.ReloadOptions(next))
+	require.Error(t, s.Put("k", []byte("unheard"), 0))
+	reload()
+	eventually(t, func() bool { return s.Put("k", []byte("heard"), 0) == nil }, "a Put that is answered")
 }

@@ -57,6 +57,7 @@ func (b *bucket) list(t *retryBudget, p pattern, values bool) (listing, error) {
 		return l, err
 	}
 	for tries := 1; ; tries++ {
+		t.begun = time.Now() // however long one try takes
 		info, err := b.info(t)
 		if err != nil {
 			return listing{}, err
@@ -64,13 +65,14 @@ func (b *bucket) list(t *retryBudget, p pattern, values bool) (listing, error) {
 		l := listing{now: timestamp(info.Now.UnixNano())}
 		var ok bool
 		if l.all, ok = b.listFew(t, p, info); !ok {
+			t.begun = time.Now()
 			l.all, err = b.listOnce(t, p, info, values)
 		}
 		if err == nil {
 			l.all = sortAndDedupe(l.all)
 			return l, nil
 		}
-		if !errors.Is(err, errStartOver) || tries == 5 || !t.wait(b.life) {
+		if !errors.Is(err, errStartOver) && !passing(err) || tries == 5 || !t.wait(b.life) {
 			return listing{}, err
 		}
 		b.retrying(t, b.filter(p))

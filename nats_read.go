@@ -11,10 +11,11 @@ import (
 // acknowledged before.
 //
 // A direct get costs the server less than a request to the leader, but a replica
-// or a mirror may answer it, and these lag. So it is used while the stream is
-// known to be on one server, and its answer counts only if it names the stream
-// itself and is not older than what this client knows. That a key does not exist
-// only the leader can say.
+// or a mirror may answer it, and these lag; so may a server that had a replica
+// until a moment ago. So it is used only where the stream's server is not part of
+// a cluster, and its answer counts only if it names the stream itself and is not
+// older than what this client knows. That a key does not exist only the leader can
+// say.
 func (b *bucket) last(t *retryBudget, key string) (record, error) {
 	if b.direct() {
 		if r, ok := b.directLast(t, key); ok {
@@ -27,7 +28,7 @@ func (b *bucket) last(t *retryBudget, key string) (record, error) {
 // direct reports whether a direct get may be used now.
 func (b *bucket) direct() bool {
 	s := b.settings.Load()
-	if s.Replicas > 1 || !s.AllowDirect || s.mirrored {
+	if !s.alone || !s.AllowDirect || s.mirrored {
 		return false
 	}
 	if e, _ := b.current(); s.epoch != e || time.Since(s.checked) > settingsLife {

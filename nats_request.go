@@ -148,9 +148,9 @@ type requester struct {
 	pool sync.Pool // of exchanges
 
 	inbox string // what reply subjects begin with
-	sub   *nats.Subscription
 
 	mu        sync.Mutex // guards what follows
+	sub       *nats.Subscription
 	closed    bool
 	exchanges map[string]*exchange // by the reply subject that each waits on
 	next      uint64
@@ -219,6 +219,22 @@ func newRequester(c connection) (*requester, error) {
 	return r, nil
 }
 
+// resubscribe subscribes to the answers again, since none came: a server that
+// takes the permission away ends the subscription for good.
+func (r *requester) resubscribe() {
+	sub, err := r.nc.Subscribe(r.inbox+"*", r.receive)
+	if err != nil {
+		return
+	}
+	_ = sub.SetPendingLimits(-1, -1)
+	r.mu.Lock()
+	if !r.closed {
+		sub, r.sub = r.sub, sub
+	}
+	r.mu.Unlock()
+	_ = sub.Unsubscribe()
+}
+
 // stop ends what newRequester began.
 func (r *requester) stop() {
 	r.mu.Lock()
@@ -226,7 +242,7 @@ func (r *requester) stop() {
 	r.mu.Unlock()
 	r.close()
 	r.active.Wait()
-	_ = r.sub.Unsubscribe()
+	_ = r.sub.Unsubscribe() // nobody replaces it any more
 }
 
 // start runs f in a goroutine that stop waits for. After Close it runs nothing.
@@ -443,6 +459,7 @@ func (r *requester) doMany(t *retryBudget, msg *nats.Msg, most int, last func(*n
 			return nil, err
 		}
 		t.progress()
+		t.begun = time.Now() // however many they are
 		if answers = append(answers, answer); last(answer) || len(answers) == most {
 			return answers, nil
 		}
@@ -518,6 +535,7 @@ func await[T any](w *waiter, arrivals <-chan T) (arrival T, err error) {
 		case <-w.timer.C:
 			switch w.check() {
 			case giveUp:
+				w.r.resubscribe()
 				return arrival, w.r.explain(errNoAnswer, w.msg.Subject)
 			case repeatNow:
 				if w.r.publish(w.msg) == nil {

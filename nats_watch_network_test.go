@@ -607,12 +607,12 @@ func TestWatchReportsExpiryNearItsOpening(t *testing.T) {
 	far, _ := connectAt(t, srv.ClientURL(), distance{rtt: 200 * time.Millisecond}) // where a listing takes its time
 	watching := openStore(t, NATSStoreConfig{Conn: far, Bucket: "b"})
 	deadlines := map[string]time.Time{}
-	for i := range 150 { // some deadline passes soon after Watch, however long that takes
-		key, ttl := fmt.Sprintf("dying.%d", i), 500*time.Millisecond+time.Duration(i)*20*time.Millisecond
+	for i := range 100 { // some deadline passes soon after Watch, however long that takes
+		key, ttl := fmt.Sprintf("dying.%d", i), 2*time.Second // the server counts whole seconds
 		require.NoError(t, s.Put(key, nil, ttl))
 		deadlines[key] = mustGet(t, s, key).Modified.Add(ttl)
+		time.Sleep(20 * time.Millisecond)
 	}
-	time.Sleep(600 * time.Millisecond)
 	events := mustWatch(t, watching, "*")
 	opened := time.Now()
 	watch := observe(events)

@@ -321,8 +321,7 @@ func (s *core) gatesLocked() bool {
 
 // Unreachable breaks the connection to the server for d from now. In this time
 // calls fail as those of a NATSStore do, after five seconds without a connection
-// or when their context ends. The error of reads and Watch wraps
-// [context.DeadlineExceeded]. The error of writes does not wrap
+// or when their context ends. The error of writes does not wrap
 // [state.ErrOutcomeUnknown], since they were not sent; only a write that is in
 // progress when the connection breaks fails with ErrOutcomeUnknown. A call that
 // begins less than five seconds before the end succeeds. Watches are cut off, see

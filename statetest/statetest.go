@@ -505,12 +505,10 @@ func (s *Store) reach(c *call, sent bool) error {
 	switch {
 	case err != nil || open:
 		return err
-	case c.op.writes() && !sent:
-		return errNotConnected
-	case c.op.writes():
-		return fmt.Errorf("%w: %w", state.ErrOutcomeUnknown, errNoAnswer)
+	case c.op.writes() && sent:
+		return fmt.Errorf("%w: %w", state.ErrOutcomeUnknown, errNotConnected)
 	}
-	return errNoAnswer
+	return errNotConnected
 }
 
 // later applies a write after a time, unless the store is closed before.
