@@ -97,6 +97,7 @@ type streamInfo struct {
 	Now     time.Time       `json:"ts"`
 	State   streamState     `json:"state"`
 	Cluster *struct {
+		Name   string `json:"name"` // "" if the server is not part of one
 		Leader string `json:"leader"`
 	} `json:"cluster"`
 	Alternates []struct {
@@ -186,7 +187,7 @@ func (b *bucket) noteInfo(info *streamInfo, asked time.Time, e *epoch) error {
 	b.clock.set(timestamp(info.Now.UnixNano()), asked, e)
 	now := &settings{
 		streamConfig: info.config, created: info.Created, checked: asked, epoch: e,
-		mirrored: len(info.Alternates) > 1, alone: info.Cluster == nil, state: &info.State,
+		mirrored: len(info.Alternates) > 1, alone: info.Cluster == nil || info.Cluster.Name == "", state: &info.State,
 	}
 	last := b.settings.Load()
 	for ; last == nil || !last.checked.After(asked); last = b.settings.Load() {
