@@ -14,8 +14,11 @@ import (
 )
 
 const (
-	// listBatch is how many messages a listing asks for at a time.
-	listBatch = 16384
+	// listBatch is how many messages a listing asks for at a time, and
+	// minListBatch how many of a small stream: fewer could come as fast as others
+	// write, so that the listing would never see the end.
+	listBatch    = 16384
+	minListBatch = 1024
 	// listHeartbeat is how long a listing waits at the end of the stream until
 	// the server says that it is the end.
 	listHeartbeat = 50 * time.Millisecond
@@ -177,7 +180,7 @@ func (b *bucket) listOnce(t *retryBudget, p pattern, info *streamInfo, values bo
 	headersOnly := !values && !small
 	began := time.Now()
 	e, _ := b.current()
-	batch := int(min(info.State.Messages+1, listBatch))
+	batch := int(min(max(info.State.Messages, minListBatch), listBatch))
 	c, err := b.consume(t, consumption{filter: filter, headersOnly: headersOnly, batch: batch, life: listLife})
 	if err != nil {
 		return nil, err

@@ -440,6 +440,20 @@ func TestReadmeCosts(t *testing.T) {
 		return err
 	})
 
+	for name, write := range map[string]func(key string) error{
+		"Put": func(key string) error { return s.Put(key, nil, 0) },
+		"Update": func(key string) error {
+			_, err := s.Update(key, nil, 0, 0)
+			return err
+		},
+	} {
+		require.NoError(t, s.Put("expired."+name, nil, 50*time.Millisecond))
+		eventually(t, func() bool { _, err := rival.Get("expired." + name); return err == ErrNotFound }, "an expiry")
+		before := sent()
+		require.NoError(t, write("expired."+name))
+		require.LessOrEqual(t, sent()-before, uint64(3), "requests of: %s over a value that has expired", name)
+	}
+
 	for i := range 100 {
 		require.NoError(t, rival.Put(fmt.Sprintf("many.%d", i), nil, 0))
 	}
@@ -451,6 +465,29 @@ func TestReadmeCosts(t *testing.T) {
 	costs("LockHolder", 1, func() error { _, err := s.LockHolder("lock"); return err })
 	require.NoError(t, lock.Unlock())
 	costs("Lock of a lock that another client has released", 3, func() error { _, err := s.Lock("lock", time.Hour); return err })
+
+	lockOf(t, rival, "busy")
+	costs("waiting for a lock, of two waiters of whom the first gives up", 2, func() error {
+		before := sent()
+		wait := func() (giveUp func()) {
+			ctx, cancel := context.WithCancel(ctx)
+			ended := make(chan error, 1)
+			go func() { _, err := Acquire(ctx, s, "busy", time.Hour); ended <- err }()
+			return func() { cancel(); refuses(t, ErrLockHeld, <-ended) }
+		}
+		first := wait()
+		eventually(t, func() bool { return sent()-before == 1 }, "the first one looks")
+		second := wait()
+		eventually(t, func() bool {
+			s.locks.waits.mu.Lock()
+			defer s.locks.waits.mu.Unlock()
+			return len(s.locks.waits.queue["busy"].waiters) == 2
+		}, "the second one waits")
+		first()
+		eventually(t, func() bool { return sent()-before == 2 }, "the second one looks")
+		second()
+		return nil
+	})
 
 	count := func() error {
 		_, err := Modify(ctx, s, "counter", func(*KeyValue) ([]byte, time.Duration, error) { return nil, 0, nil })
