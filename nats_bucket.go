@@ -217,8 +217,12 @@ func (b *bucket) streamCall(t *retryBudget, verb, object string, req, answer any
 			return err
 		}
 		// In a cluster, a server that is starting may not have heard of it yet.
-		if s := b.settings.Load(); s == nil || !b.elections() || time.Since(asked) > goneAfter || !t.wait(b.life) {
-			return fmt.Errorf("%w: %w", jetstream.ErrBucketNotFound, err)
+		err = fmt.Errorf("%w: %w", jetstream.ErrBucketNotFound, err)
+		if s := b.settings.Load(); s == nil || !b.elections() || time.Since(asked) > goneAfter {
+			return err
+		}
+		if err = b.waitAfter(t, err); err != nil {
+			return err
 		}
 	}
 }
@@ -335,6 +339,9 @@ func (b *bucket) create(t *retryBudget) (*streamInfo, error) {
 	if apiCode(err) == codeMaxConsumers {
 		config.MaxConsumers = -1 // the account has a limit
 		info, err = b.infoBy(t, "STREAM.CREATE", config)
+	}
+	for apiCode(err) == codeNotCreated && b.elections() && t.wait(b.life) {
+		info, err = b.infoBy(t, "STREAM.CREATE", config) // a server of the cluster was not ready
 	}
 	for apiCode(err) == codeNameInUse || apiCode(err) == codeNoStream && t.wait(b.life) {
 		info, err = b.info(t) // somebody was faster

@@ -124,7 +124,10 @@ func (c *consumer) create(t *retryBudget, e *epoch, cfg consumerConfig) error {
 			t.progress()
 			return nil
 		}
-		if !passing(err) || !t.wait(c.b.life) {
+		if !passing(err) {
+			return err
+		}
+		if err := c.b.waitAfter(t, err); err != nil {
 			return err
 		}
 		c.b.retrying(t, subject)

@@ -49,6 +49,7 @@ const (
 	codeAccountFull    jetstream.ErrorCode = 10047 // or memory: 10028
 	codeMemoryFull     jetstream.ErrorCode = 10028
 	codeStreamFailed   jetstream.ErrorCode = 10077
+	codeNotCreated     jetstream.ErrorCode = 10049
 	codeTooLarge       jetstream.ErrorCode = 10054
 	codeNameInUse      jetstream.ErrorCode = 10058
 	codeNoStream       jetstream.ErrorCode = 10059
@@ -602,6 +603,18 @@ func (w *waiter) check() verdict {
 	return waitOn
 }
 
+// waitAfter waits before another attempt of what failed with err. If there is to be
+// none it returns why: that the call was ended, or else err.
+func (r *requester) waitAfter(t *retryBudget, err error) error {
+	if t.wait(r.life) {
+		return nil
+	}
+	if ended := r.ended(t); ended != nil {
+		return ended
+	}
+	return err
+}
+
 // retrying notes that an operation makes a request once more. It logs, once, that
 // it has done so for longer than a second.
 func (r *requester) retrying(t *retryBudget, subject string) {
@@ -675,7 +688,10 @@ func (r *requester) call(t *retryBudget, verb, object string, req, answer any) e
 		if err == nil {
 			err = decodeAnswer(reply.Data, answer)
 		}
-		if err == nil || !passing(err) || !t.wait(r.life) {
+		if err == nil || !passing(err) {
+			return err
+		}
+		if err := r.waitAfter(t, err); err != nil {
 			return err
 		}
 		r.retrying(t, msg.Subject)

@@ -229,7 +229,7 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 					return record{}, unknownIf(inDoubt, gone)
 				}
 			}
-			if !t.wait(b.life) {
+			if err := b.waitAfter(t, err); err != nil {
 				return record{}, unknownIf(inDoubt, err)
 			}
 			b.retrying(t, msg.Subject)
