@@ -513,7 +513,7 @@ func TestFlappingConnectionLeavesNoConsumers(t *testing.T) {
 		eventually(t, func() bool { return watch.last("k.2") != nil }, "an event")
 	}
 	// The server itself removes them only when nobody has asked for ten seconds.
-	assert.True(t, within(watchLife/2, func() bool { return len(consumers(t, js, "KV_b", "")) <= 1 }),
+	assert.True(t, within(watchLife-2*time.Second, func() bool { return len(consumers(t, js, "KV_b", "")) <= 1 }),
 		"%d consumers are left for one pattern", len(consumers(t, js, "KV_b", "")))
 	require.NoError(t, s.Close())
 	assert.True(t, within(20*time.Second, func() bool { return len(consumers(t, js, "KV_b", "")) == 0 }),
