@@ -76,7 +76,7 @@ func (f *followed) agrees(t *testing.T, s Store, pattern string) {
 				require.True(t, ok, "the channel was closed")
 				f.apply(t, kv)
 				continue
-			default:
+			case <-time.After(5 * time.Millisecond): // none comes now
 			}
 			break
 		}
@@ -84,7 +84,7 @@ func (f *followed) agrees(t *testing.T, s Store, pattern string) {
 		got = slices.SortedFunc(maps.Values(f.entries), compareKeys)
 		return sameEntries(want, got)
 	}
-	for end := time.Now().Add(20 * time.Second); !same(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(20 * time.Second); !same(); {
 		if time.Now().After(end) {
 			require.Equal(t, want, got, "what was reported does not add up to what the store holds")
 		}
