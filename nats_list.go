@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"slices"
 	"strconv"
 	"strings"
@@ -282,6 +283,17 @@ func (c *consumer) next(t *retryBudget, e *epoch, timer *time.Timer) (*nats.Msg,
 	return msg, err
 }
 
+// existing yields the records of a listing that exist.
+func (b *bucket) existing(t *retryBudget, l *listing) iter.Seq[*listed] {
+	return func(yield func(*listed) bool) {
+		for i := range l.all {
+			if r := &l.all[i]; !r.deleted && !b.expired(t, r.deadline) && !yield(r) {
+				return
+			}
+		}
+	}
+}
+
 // keys returns the keys that exist and match the pattern, sorted.
 func (b *bucket) keys(t *retryBudget, p pattern) ([]string, error) {
 	l, err := b.list(t, p, false)
@@ -289,10 +301,8 @@ func (b *bucket) keys(t *retryBudget, p pattern) ([]string, error) {
 		return nil, err
 	}
 	keys := make([]string, 0, len(l.all))
-	for i := range l.all {
-		if r := &l.all[i]; !r.deleted && !b.expired(t, r.deadline) {
-			keys = append(keys, r.key)
-		}
+	for r := range b.existing(t, &l) {
+		keys = append(keys, r.key)
 	}
 	return keys, nil
 }
@@ -300,10 +310,8 @@ func (b *bucket) keys(t *retryBudget, p pattern) ([]string, error) {
 // entries returns the entries that exist and match the pattern, sorted by key.
 func (l *listing) entries(b *bucket, t *retryBudget) []*KeyValue {
 	entries := make([]*KeyValue, 0, len(l.all))
-	for i := range l.all {
-		if r := &l.all[i]; !r.deleted && !b.expired(t, r.deadline) {
-			entries = append(entries, r.event(r.key, r.deadline))
-		}
+	for r := range b.existing(t, l) {
+		entries = append(entries, r.event(r.key, r.deadline))
 	}
 	return entries
 }

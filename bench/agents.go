@@ -14,8 +14,8 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-const agentsText = "Every agent has a connection of its own. It sends a heartbeat a second with a TTL of three seconds, follows `config.*`, " +
-	"and waits for the leader's lock, a lease of three seconds. *Watching*: it also follows `agents.*` to know who is alive, " +
+const agentsText = "Every agent has a separate connection. It sends a heartbeat a second with a TTL of three seconds, follows `config.*`, " +
+	"and waits for the leader's lock, a lease of three seconds. *Watching*: it also follows `agents.*` to know which agents live, " +
 	"which takes a delivery for each heartbeat of each of them. No more than 20,000 of those a second are " +
 	"asked of a machine that runs the server and all agents: of 300 agents 66 watch, of 1,000 agents 20, and what a watching one " +
 	"costs is worked out from what they add; of up to 100 agents all watch. *Beside it*: nats.go's KV, with a bucket for each " +
@@ -333,7 +333,7 @@ func (f *fleets) await(c Condition) (last Known, err error) {
 		}
 	})
 	if last.Missing > 0 {
-		f.note("%d of %d do not come to know within %v that %v", last.Missing, last.Missing+last.Agents, patience, c)
+		f.note("%d of %d do not come to know within %v that %v", last.Missing, last.Missing+last.Agents, knownWithin, c)
 	}
 	return last, err
 }

@@ -210,7 +210,7 @@ func (r *run) fanOutOfStores(stores int) error {
 		theirs.until(kvGo+" Watch", stores, func() error { _, err := kvWriter.Put(ctx, "watched.key", value); return err }))
 }
 
-// bindKV returns a bucket that exists, by nats.go, with a connection of its own.
+// bindKV opens an existing bucket with nats.go, on a separate connection.
 func (r *run) bindKV(bucket string) (jetstream.KeyValue, *nats.Conn, error) {
 	nc, err := r.connect()
 	if err != nil {

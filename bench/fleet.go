@@ -23,7 +23,7 @@ const (
 	heartbeat    = time.Second
 	heartbeatTTL = 3 * time.Second
 	leaderLease  = 3 * time.Second
-	leaderPoll   = time.Second // how often one asks who has nothing better
+	leaderPoll   = time.Second // how often a client without a lock service asks
 
 	versionKey = "config.version"
 	leaderKey  = "config.leader" // the leader writes its name there
@@ -281,9 +281,9 @@ func openAgent(id int, kind, url string, failed func(error)) (*agent, error) {
 	return a, nil
 }
 
-// persist does something until it succeeds or patience ends.
+// persist does something until it succeeds or knownWithin has passed.
 func (a *agent) persist(do func() error) error {
-	deadline := time.Now().Add(patience)
+	deadline := time.Now().Add(knownWithin)
 	for {
 		err := do()
 		if err == nil || time.Now().After(deadline) {
@@ -343,7 +343,7 @@ func (a *agent) keepBeating() {
 	}
 }
 
-// watch has the agent know who is alive. One that cannot is reported, and goes
+// watch has the agent follow the living agents. An agent that cannot is reported, and goes
 // on without.
 func (a *agent) watch() {
 	err := a.persist(func() error {
@@ -522,14 +522,14 @@ func (c Condition) String() string {
 }
 
 // Known is what the last agent came to know, and when. Those who are missing
-// did not come to know it within the patience of Await.
+// did not come to know it within knownWithin.
 type Known struct {
 	Value           string
 	At              time.Time
 	Agents, Missing int
 }
 
-const patience = 20 * time.Second
+const knownWithin = 20 * time.Second
 
 // known returns whether the agent knows.
 func (a *agent) known(c Condition) (seen sighting, ok bool) {
@@ -551,10 +551,10 @@ func (a *agent) watches() bool {
 	return a.watching
 }
 
-// Await waits until all agents know, or for as long as its patience lasts.
+// Await waits until all agents know, or knownWithin has passed.
 func (f *Fleet) Await(c Condition, answer *Known) error {
 	*answer = Known{}
-	deadline := time.Now().Add(patience)
+	deadline := time.Now().Add(knownWithin)
 	for _, a := range f.alive() {
 		if c.Dead != "" && !a.watches() {
 			continue

@@ -30,7 +30,7 @@ var groups = []group{
 	{"nats", "Get and Put", "One operation at a time.", natsGroup},
 	{"new-keys", "New keys and TTLs", "One operation at a time.", newKeysGroup},
 	{"locks", "Locks", "One cycle at a time, of a lock that nobody else wants.", lockGroup},
-	{"throughput", "From 64 goroutines", "All share one store, and so one connection. Each has a key of its own.", throughputGroup},
+	{"throughput", "From 64 goroutines", "All share one store, and so one connection. Each has a separate key.", throughputGroup},
 	{"shared", "Shared keys", sharedText, sharedGroup},
 	{"fan-out", "From a change to its events", fanOutText, fanOutGroup},
 	{"opening", "Opening a watch", openingText, openingGroup},

@@ -114,7 +114,7 @@ func cpu() string {
 }
 
 const (
-	intro = "Every server is a process of its own on loopback. Contestants take turns, and a ratio, of ours to theirs, is the " +
+	intro = "Every server is a separate process on loopback. Contestants take turns, and a ratio, of ours to theirs, is the " +
 		"median over the rounds of one run, in brackets its quartiles. Values have 128 bytes."
 	more = " TTLs are an hour, those of locks 30 seconds, where nothing else is said. nats-server and etcd write to disk " +
 		"without waiting for it, redis-server keeps nothing. *echo* is a plain NATS request that a responder inside the server " +
@@ -213,7 +213,7 @@ func (r *run) brief() string {
 		}
 		b.WriteString(" |\n")
 	}
-	b.WriteString("\nAn agent sends a heartbeat a second, follows the configuration, knows who is alive, and waits for a leader's lock:\n\n" +
+	b.WriteString("\nAn agent sends a heartbeat a second, follows the configuration, follows the living agents, and waits for a leader's lock:\n\n" +
 		"![cost per agent, by the number of agents](bench/agents.svg)\n")
 	return b.String()
 }

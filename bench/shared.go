@@ -8,7 +8,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-const sharedText = "Keys that several clients write, each with a store and a connection of its own."
+const sharedText = "Keys that several clients write, each with a separate store and connection."
 
 // sharedGroup compares Puts of keys that others write, too.
 func sharedGroup(r *run) error {

@@ -38,7 +38,7 @@ func narrow() distance {
 }
 
 // atADistance gives clients the time that answers take.
-func atADistance(l *load) { l.epoch, l.patience = 4*time.Second, 40*time.Second }
+func atADistance(l *load) { l.epoch, l.catchUp = 4*time.Second, 40*time.Second }
 
 // traffic is 300 writes per second to other keys of the bucket.
 func traffic(ctx context.Context, f *trouble) {

@@ -237,14 +237,14 @@ func (l *load) endWatches(reader state.Store, cache *state.Cache) {
 		}
 	}
 	for _, w := range l.watched {
-		if err := eventually(l.patience, func() error { return w.differs(l, final) }); err != nil {
+		if err := eventually(l.catchUp, func() error { return w.differs(l, final) }); err != nil {
 			l.broke("%v: %v", w, err)
 		}
 		if !w.slow && !l.cut.Load() {
 			w.checkComplete(l)
 		}
 	}
-	if err := eventually(l.patience, func() error { return sameAsCache(final, cache) }); err != nil {
+	if err := eventually(l.catchUp, func() error { return sameAsCache(final, cache) }); err != nil {
 		l.broke("cache: %v", err)
 	}
 }

@@ -25,7 +25,7 @@ type load struct {
 	pace                            time.Duration
 	epoch                           time.Duration // how long a key is used before the next one, so that histories stay short
 	big                             int           // the largest value
-	patience                        time.Duration // how long watches may take to catch up at the end
+	catchUp                         time.Duration // how long watches may take to catch up at the end
 	quiet                           bool          // no faults: calls that are cut short must return at once
 	loose                           bool          // settings change that entries depend on
 	endable                         bool          // watches may end
@@ -59,7 +59,7 @@ func newLoad(open func() (state.Store, func() (state.Store, error), error)) *loa
 	return &load{
 		history: newHistory(), open: open,
 		keys: 5, lockers: 4, timers: 1, watchers: 4,
-		pace: time.Millisecond, epoch: time.Second, patience: 20 * time.Second, late: 500 * time.Millisecond,
+		pace: time.Millisecond, epoch: time.Second, catchUp: 20 * time.Second, late: 500 * time.Millisecond,
 		written: map[string][]*write{}, values: map[string]map[string]*write{},
 	}
 }

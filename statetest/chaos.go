@@ -120,15 +120,15 @@ func (c *chaos) decide(op Op, key string, n int) effect {
 	case happens(Any, r.Slow):
 		return slow(upTo(dice, opTimeout-1))
 	case happens(Any, r.LoseRequest):
-		return effect{what: "request lost", lost: true, never: true, giveUp: patience(dice)}
+		return effect{what: "request lost", lost: true, never: true, giveUp: answerTimeout(dice)}
 	case happens(writes, r.LoseAnswer):
-		return effect{what: "answer lost", lost: true, giveUp: patience(dice)}
+		return effect{what: "answer lost", lost: true, giveUp: answerTimeout(dice)}
 	case happens(writes, r.ApplyLate):
 		e := late(upTo(dice, maxLate))
 		if op&Writes != 0 && dice.IntN(2) == 0 {
 			e = behind(1 + dice.IntN(3))
 		}
-		e.giveUp = patience(dice)
+		e.giveUp = answerTimeout(dice)
 		return e
 	case happens(Any, r.Unreachable):
 		return unreachable(upTo(dice, r.MaxOutage))
@@ -148,10 +148,10 @@ func upTo(dice *rand.Rand, limit time.Duration) time.Duration {
 	return max(time.Duration(u*u*u*float64(limit)).Truncate(time.Microsecond), time.Microsecond)
 }
 
-// patience returns how long a call waits for an answer that does not come. It
+// answerTimeout returns how long a call waits for an answer that does not come. It
 // takes less than five seconds if it learns that somebody else has written since,
 // so that nobody can tell any more.
-func patience(dice *rand.Rand) time.Duration {
+func answerTimeout(dice *rand.Rand) time.Duration {
 	if dice.IntN(2) == 0 {
 		return opTimeout
 	}

@@ -17,19 +17,26 @@ import (
 	"example.com/state/statetest"
 )
 
+// observed returns a store that holds the usual pace, and a witness of it.
+func observed(t *testing.T) (*state.MemoryStore, *Witness) {
+	t.Helper()
+	store := state.NewMemoryStore()
+	w, err := Observe(store, io.Discard)
+	if err == nil {
+		err = store.Put("config.pace", []byte("200ms"), 0)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return store, w
+}
+
 // TestSwarmForAnHour runs agents for an hour, which takes a few seconds in memory
 // and in a bubble. Every ten minutes the leader resigns.
 func TestSwarmForAnHour(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := state.NewMemoryStore()
+		store, w := observed(t)
 		defer store.Close()
-		w, err := Observe(store, io.Discard)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := store.Put("config.pace", []byte("200ms"), 0); err != nil {
-			t.Fatal(err)
-		}
 
 		var agents []*Agent
 		for _, name := range []string{"ada", "grace", "alan", "barbara", "edsger", "tony"} {
@@ -80,15 +87,8 @@ func TestSwarmForAnHour(t *testing.T) {
 // for a while. The agent then continues, and leaks no goroutines.
 func TestSwarmOutlivesFailures(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		memory := state.NewMemoryStore()
+		memory, w := observed(t)
 		defer memory.Close()
-		w, err := Observe(memory, io.Discard)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := memory.Put("config.pace", []byte("200ms"), 0); err != nil {
-			t.Fatal(err)
-		}
 		store := statetest.Wrap(memory.Client())
 		defer store.Close()
 		var failures atomic.Int64
@@ -158,15 +158,8 @@ func (s unfenced) Update(key string, value []byte, ttl time.Duration, _ uint64) 
 // returns the faults, and what was found to be wrong.
 func runUnderChaos(t *testing.T, seed uint64, wrap func(state.Store) state.Store) (faults, wrong []string) {
 	synctest.Test(t, func(t *testing.T) {
-		memory := state.NewMemoryStore()
+		memory, w := observed(t)
 		defer memory.Close()
-		w, err := Observe(memory, io.Discard)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := memory.Put("config.pace", []byte("200ms"), 0); err != nil {
-			t.Fatal(err)
-		}
 		var agents []*Agent
 		var stores []*statetest.Store
 		for i, name := range []string{"ada", "grace", "alan", "barbara"} {

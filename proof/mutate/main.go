@@ -155,7 +155,7 @@ var mutations = []mutation{
 		{"case st.code == \"100\" && last < upTo:", "case st.code == \"\" && last < upTo && false:"},
 	}, []string{three}},
 	{"entries-with-the-deleted", []edit{
-		{"	entries := make([]*KeyValue, 0, len(l.all))\n	for i := range l.all {\n		if r := &l.all[i]; !r.deleted &&", "	entries := make([]*KeyValue, 0, len(l.all))\n	for i := range l.all {\n		if r := &l.all[i];"},
+		{"	for r := range b.existing(t, l) {\n", "	for i := range l.all {\n		r := &l.all[i]\n"},
 	}, []string{oneServer}},
 	{"a-batch-that-is-refused", []edit{{"if most := int(c.b.maxBatch.Load()); most > 0 {", "if most := int(c.b.maxBatch.Load()); most > 1<<30 {"}}, []string{"limits"}},
 
