@@ -340,8 +340,10 @@ func (b *bucket) create(t *retryBudget) (*streamInfo, error) {
 		config.MaxConsumers = -1 // the account has a limit
 		info, err = b.infoBy(t, "STREAM.CREATE", config)
 	}
-	for apiCode(err) == codeNotCreated && b.elections() && t.wait(b.life) {
-		info, err = b.infoBy(t, "STREAM.CREATE", config) // a server of the cluster was not ready
+	for apiCode(err) == codeNotCreated && t.wait(b.life) {
+		// A server of the cluster was not ready, or a server is still removing the
+		// directories of a stream that was the account's last.
+		info, err = b.infoBy(t, "STREAM.CREATE", config)
 	}
 	for apiCode(err) == codeNameInUse || apiCode(err) == codeNoStream && t.wait(b.life) {
 		info, err = b.info(t) // somebody was faster

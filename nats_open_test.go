@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -314,4 +316,26 @@ func TestOpenBeforeTheServer(t *testing.T) {
 	}()
 	runServer(t, &server.Options{Host: "127.0.0.1", Port: port, JetStream: true, StoreDir: t.TempDir(), NoSigs: true, NoLog: true})
 	require.NoError(t, <-opened)
+}
+
+// TestCreatingFailsForAWhile: a server that has deleted an account's last stream
+// removes the directory too in which it makes the next one.
+func TestCreatingFailsForAWhile(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	nc := connect(t, srv.ClientURL())
+	streams := filepath.Join(srv.JetStreamConfig().StoreDir, "$G", "streams")
+	require.NoError(t, os.MkdirAll(filepath.Dir(streams), 0o700))
+	require.NoError(t, os.WriteFile(streams, nil, 0o600), "something is in the way")
+
+	asked := make(chan *nats.Msg, 100)
+	_, err := connect(t, srv.ClientURL()).ChanSubscribe("$JS.API.STREAM.CREATE.KV_b", asked)
+	require.NoError(t, err)
+	go func() {
+		<-asked
+		<-asked
+		_ = os.Remove(streams)
+	}()
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	require.NoError(t, s.Put("k", nil, 0))
 }
