@@ -209,6 +209,9 @@ func (s *natsLocks) holder(t *retryBudget, key string) (record, error) {
 		return record{}, notFoundIfGone(err)
 	}
 	if !b.exists(t, &r) {
+		if r.deleted {
+			b.cache.learn(key, r) // for who acquires it now
+		}
 		return record{}, ErrNotFound
 	}
 	return r, nil
@@ -276,7 +279,9 @@ func (n natsLessor) release(ctx context.Context, l *lease) error {
 	_, err := n.write(newBudget(ctx), l, mutation{marker: true, ttl: minTombstoneTTL})
 	switch {
 	case err == nil:
-		n.s.waits.released(l.key)
+		if n.s.missesReleases {
+			n.s.waits.released(l.key)
+		}
 		return nil
 	case err == errMoved, errors.Is(err, jetstream.ErrBucketNotFound):
 		return ErrLockNotHeld

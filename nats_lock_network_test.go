@@ -96,6 +96,80 @@ func TestWaitingForALock(t *testing.T) {
 	assert.Less(t, took[handovers/2], 500*time.Millisecond) // 250 ms on a quiet machine
 }
 
+// TestNextAmongManyWaiters: when a lock is released, or its lease lapses, one of
+// the many who wait asks for it. All of them hear an attempt, so if all made one
+// that would be the square of their number.
+func TestNextAmongManyWaiters(t *testing.T) {
+	t.Parallel()
+	const waiters, ttl = 200, 3 * time.Second
+	srv := startServer(t, nil)
+	var asked atomic.Int64
+	monitor := connect(t, srv.ClientURL())
+	for _, subject := range []string{"$KV.b-locks.l", "$JS.API.STREAM.MSG.GET.KV_b-locks"} {
+		_, err := monitor.Subscribe(subject, func(*nats.Msg) { asked.Add(1) })
+		require.NoError(t, err)
+	}
+	open := func() *NATSStore {
+		return openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	}
+	var holder sync.Mutex
+	var holding *nats.Conn
+	next := make(chan bool) // the holder dies, or else unlocks
+	held := make(chan struct{}, 10)
+	var wg sync.WaitGroup
+	ctx, cancel := context.WithCancel(context.Background())
+	defer wg.Wait()
+	defer cancel()
+	wait := func(s *NATSStore) {
+		lock, err := Acquire(ctx, s, "l", ttl)
+		if err != nil {
+			return
+		}
+		holder.Lock()
+		holding = s.data.nc
+		holder.Unlock()
+		held <- struct{}{}
+		select {
+		case dies := <-next:
+			if !dies {
+				assert.NoError(t, lock.Unlock())
+			}
+		case <-ctx.Done():
+		}
+	}
+	awaitHolder := func() {
+		t.Helper()
+		select {
+		case <-held:
+		case <-time.After(20 * time.Second):
+			require.FailNow(t, "nobody has the lock")
+		}
+	}
+	first := open()
+	wg.Go(func() { wait(first) })
+	awaitHolder()
+	for range waiters {
+		s := open()
+		wg.Go(func() { wait(s) })
+	}
+	eventually(t, func() bool { return asked.Load() >= waiters }, "they have all looked")
+	for i, dies := range []bool{false, true, false, true} {
+		require.NoError(t, monitor.Flush())
+		before := asked.Load()
+		if dies {
+			holder.Lock()
+			holding.Close()
+			holder.Unlock()
+		}
+		next <- dies
+		awaitHolder()
+		require.NoError(t, monitor.Flush())
+		n := asked.Load() - before
+		t.Logf("handover %d: %d requests", i, n)
+		assert.LessOrEqual(t, n, int64(waiters/10), "handover %d", i)
+	}
+}
+
 // TestWaitersOfAProcessAskOnce: however many wait for a lock in one store, they
 // cost the server what one of them does.
 func TestWaitersOfAProcessAskOnce(t *testing.T) {

@@ -2,7 +2,9 @@ package state
 
 import (
 	"context"
-	"math/rand/v2"
+	"crypto/rand"
+	"math"
+	mathrand "math/rand/v2"
 	"sync"
 	"time"
 
@@ -10,15 +12,22 @@ import (
 )
 
 const (
-	// lockJitter is the time over which those who wait for a lock in different
-	// processes spread their attempts after a release. A waiter that hears
-	// the attempt of another one leaves the lock to it.
-	lockJitter = 10 * time.Millisecond
+	// standbyDelay is how much longer than the waiter that the server has chosen
+	// the others wait: they hear its attempt first, and leave the lock to it.
+	standbyDelay = 20 * time.Millisecond
+	// standbySpread is the time over which they spread their attempts after that,
+	// most of them towards its end.
+	standbySpread = 100 * time.Millisecond
 	// yieldFor is how long a waiter leaves a lock to somebody whose attempt it
 	// has heard, before it looks what became of that.
 	yieldFor = time.Second
+	// patience is how many times longer those wait for that who are not chosen.
+	patience = 10
 	// missedReleaseCheck is how often a waiter looks that cannot hear of a release.
 	missedReleaseCheck = 2 * time.Second
+	// waiterGroup is the queue group of those who wait for a lock: what is
+	// published to the lock's subject chooses one of them.
+	waiterGroup = "waiters"
 )
 
 // A lockWaits is the waiters for locks in a store. They do not poll, and of
@@ -29,20 +38,31 @@ type lockWaits struct {
 }
 
 // A lockQueue is the waiters for one lock. The first of them owns what is not
-// guarded by the mutex of lockWaits.
+// guarded by a mutex.
+//
+// All queues of a lock, one in each process, hear what is published to its
+// subject, and the server chooses one of them to be the next with each message.
+// After a release, or the end of a lease, that one asks at once. The others stand
+// by: an attempt is heard by all, so that many attempts at once would cost the
+// square of their number.
 type lockQueue struct {
-	waiters []chan struct{} // each is closed when its turn comes
-	held    bool            // the first one has last found the lock held; guarded by the mutex of lockWaits
-	sub     *nats.Subscription
-	heard   chan struct{} // of one slot: something below is new
+	waiters []chan struct{}      // each is closed when its turn comes
+	held    bool                 // the first one has last found the lock held; guarded by the mutex of lockWaits
+	subs    []*nats.Subscription // none where that is not allowed
+	news    chan struct{}        // of one slot: something below is new
 
-	mu       sync.Mutex // guards what follows
-	released bool       // a release was heard, and no attempt since
-	claimed  time.Time  // when somebody else's attempt was heard
-	claims   int        // how many have been heard since the last release
-	crowd    int        // and how many after the releases before, at least
-	refresh  string     // who refreshed the lease
-	until    time.Time  // and until when, by that
+	mu     sync.Mutex // guards what follows
+	heard  lockNews   // the last
+	chosen string     // the operation with which the server chose this queue
+}
+
+// A lockNews is what was published to a lock's subject, on its way to the bucket,
+// which may refuse it: so it is only ever a hint.
+type lockNews struct {
+	at       time.Time
+	op       string    // the operation
+	released bool      // it is a release
+	until    time.Time // otherwise, the end of the lease
 }
 
 // found notes whether the first waiter has found the lock held.
@@ -59,13 +79,16 @@ func (w *lockWaits) seesHeld(q *lockQueue) bool {
 	return q.held
 }
 
-// released says that this process has released a lock.
+// released says that this process has released a lock, where that is not heard.
 func (w *lockWaits) released(key string) {
 	w.mu.Lock()
 	q := w.queue[key]
 	w.mu.Unlock()
 	if q != nil {
-		q.note(func() { q.released = true })
+		q.note(func() {
+			q.chosen = rand.Text()
+			q.heard = lockNews{at: time.Now(), op: q.chosen, released: true}
+		})
 	}
 }
 
@@ -73,34 +96,29 @@ func (q *lockQueue) note(change func()) {
 	q.mu.Lock()
 	change()
 	q.mu.Unlock()
-	notify(q.heard)
+	notify(q.news)
 }
 
-// hear notes what is published to the lock's subject, on its way to the bucket,
-// which may refuse it: so it is only ever a hint.
+// hear notes what all waiters hear.
 func (q *lockQueue) hear(msg *nats.Msg) {
-	if msg.Header.Get(headerOperation) != "" {
-		q.note(func() {
-			q.released = true
-			q.crowd, q.claims = max(q.claims, q.crowd/2), 0
-		})
-		return
-	}
 	st := decodeState(msg.Header.Get(headerState))
+	now := time.Now()
 	q.note(func() {
-		q.released = false
-		q.claims++
-		q.claimed = time.Now()
-		q.refresh, q.until = holderOf(st.op), time.Now().Add(st.ttl)
+		q.heard = lockNews{now, st.op, msg.Header.Get(headerOperation) != "", now.Add(st.ttl)}
 	})
 }
 
-// spread returns by how much the attempts after a release are spread in
-// addition, so that fewer are made the more there were before.
-func (q *lockQueue) spread() time.Duration {
+// choose notes what was sent to one of them only.
+func (q *lockQueue) choose(msg *nats.Msg) {
+	st := decodeState(msg.Header.Get(headerState))
+	q.note(func() { q.chosen = st.op })
+}
+
+// claimedSince reports whether somebody else has tried to acquire the lock.
+func (q *lockQueue) claimedSince(at time.Time) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return min(time.Duration(q.crowd)*2*time.Millisecond, 200*time.Millisecond)
+	return q.heard.at.After(at) && !q.heard.released
 }
 
 // await waits for a lock until ctx ends. Other errors than ErrLockHeld are
@@ -127,8 +145,12 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 		var holder record
 		var err error
 		if look {
-			if holder, err = s.holder(newBudget(ctx), key); err == nil {
+			holder, err = s.holder(newBudget(ctx), key)
+			switch {
+			case err == nil:
 				err = ErrLockHeld
+			case held && err == ErrNotFound && q.claimedSince(asked):
+				holder, err = record{deleted: true}, ErrLockHeld
 			}
 		}
 		if err != ErrLockHeld { // it is free, or the attempt says why not
@@ -147,7 +169,7 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 			s.waits.found(q, false)
 			return nil, s.data.writeError("lock", key, err)
 		}
-		if err := s.sleep(ctx, q, holder, time.Since(asked)); err != nil {
+		if err := s.sleep(ctx, q, holder, asked); err != nil {
 			return nil, err
 		}
 	}
@@ -164,42 +186,32 @@ func (s *natsLocks) releasedHere(key string) bool {
 	return last.deleted && last.estimated
 }
 
-// sleep waits until the lock may be free.
-func (s *natsLocks) sleep(ctx context.Context, q *lockQueue, holder record, trip time.Duration) error {
-	owner := holderOf(holder.op)
-	until := time.Now().Add(time.Duration(holder.deadline - s.lockClock()))
+// sleep waits until the lock may be free. holder is what was found of it, by a
+// request at the time asked.
+func (s *natsLocks) sleep(ctx context.Context, q *lockQueue, holder record, asked time.Time) error {
+	answered := time.Now()
+	found := foundLock{
+		asked: asked, answered: answered,
+		owner: holderOf(holder.op), until: answered.Add(time.Duration(holder.deadline - s.lockClock())),
+		standby: standby(answered.Sub(asked)), yield: yieldFor + mathrand.N(yieldFor),
+	}
 	switch {
 	case holder.deleted:
-		until = time.Now().Add(yieldFor) // it was free, and somebody else was faster
+		found.until = answered.Add(yieldFor) // it was free, and somebody else was faster
 	case holder.deadline == 0:
-		until = time.Now().Add(time.Hour)
+		found.until = answered.Add(time.Hour)
 	}
 	e, _ := s.data.current()
-	jitter := rand.N(lockJitter + 2*trip + q.spread())
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	for began := time.Now(); ; {
-		q.mu.Lock()
-		if q.refresh == owner && q.until.After(until) {
-			until = q.until
-		}
-		wake := until.Add(jitter)
-		switch {
-		case q.released:
-			wake = time.Now().Add(jitter)
-			q.released = false
-			until = time.Now()
-		case q.claimed.After(began) && q.refresh != owner:
-			// Somebody else tries. Look later whether it got the lock.
-			wake = q.claimed.Add(yieldFor + rand.N(yieldFor))
-		}
-		q.mu.Unlock()
-		if q.sub == nil || s.missesReleases {
-			wake = earlier(wake, began.Add(missedReleaseCheck))
+	for {
+		wake := q.wake(&found)
+		if len(q.subs) == 0 || s.missesReleases {
+			wake = earlier(wake, answered.Add(missedReleaseCheck))
 		}
 		timer.Reset(time.Until(wake))
 		select {
-		case <-q.heard:
+		case <-q.news:
 		case <-timer.C:
 			return nil
 		case <-e.over:
@@ -210,6 +222,53 @@ func (s *natsLocks) sleep(ctx context.Context, q *lockQueue, holder record, trip
 			return ErrClosed
 		}
 	}
+}
+
+// A foundLock is what the first waiter found, and how it waits after that.
+type foundLock struct {
+	asked, answered time.Time
+	owner           string    // who held the lock
+	until           time.Time // and until when
+	standby         time.Duration
+	yield           time.Duration
+}
+
+// wake returns when to look again, by what was found and heard.
+func (q *lockQueue) wake(found *foundLock) time.Time {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	heard, chosen := &q.heard, q.chosen != "" && q.chosen == q.heard.op
+	wake := found.until
+	switch {
+	case heard.released && heard.at.After(found.asked):
+		wake = heard.at
+	case heard.released:
+	case holderOf(heard.op) == found.owner:
+		if heard.until.After(wake) {
+			wake = heard.until // it was refreshed
+		}
+	case heard.at.After(found.answered):
+		// Somebody else tries, and almost always succeeds. One looks whether it did.
+		yield := found.yield
+		if !chosen {
+			yield *= patience
+		}
+		wake = earlier(heard.until, heard.at.Add(yield))
+	}
+	if !chosen {
+		wake = wake.Add(found.standby)
+	}
+	return wake
+}
+
+// standby returns how long a waiter stands by that is not chosen, and whose
+// request has taken a while. Nobody knows how many others stand by: as exponentially
+// more of them choose a later moment, few have begun when the first is heard, and
+// one alone does not wait for long.
+func standby(trip time.Duration) time.Duration {
+	const lambda = 8 // for up to e^8 waiters
+	moment := math.Log1p(mathrand.Float64()*math.Expm1(lambda)) / lambda
+	return standbyDelay + 2*trip + time.Duration(moment*float64(standbySpread+4*trip))
 }
 
 func earlier(x, y time.Time) time.Time {
@@ -235,19 +294,30 @@ func (w *lockWaits) enter(s *natsLocks, key string) (q *lockQueue, turn chan str
 	turn = make(chan struct{})
 	q = w.queue[key]
 	if q == nil {
-		q = &lockQueue{heard: make(chan struct{}, 1)}
+		q = &lockQueue{news: make(chan struct{}, 1)}
 		if w.queue == nil {
 			w.queue = make(map[string]*lockQueue)
 		}
 		w.queue[key] = q
 		// It needs no consumer. A client that may not listen waits for the
 		// lease's end.
-		q.sub, _ = s.data.nc.Subscribe("$KV."+s.data.name+locksSuffix+"."+key, q.hear)
+		q.subscribe(s.data.nc, "$KV."+s.data.name+locksSuffix+"."+key)
 	}
 	if q.waiters = append(q.waiters, turn); len(q.waiters) == 1 {
 		close(turn)
 	}
 	return q, turn
+}
+
+func (q *lockQueue) subscribe(nc *nats.Conn, subject string) {
+	sub, err := nc.Subscribe(subject, q.hear)
+	if err != nil {
+		return
+	}
+	q.subs = append(q.subs, sub)
+	if sub, err = nc.QueueSubscribe(subject, waiterGroup, q.choose); err == nil {
+		q.subs = append(q.subs, sub)
+	}
 }
 
 // leave lets the next one ask.
@@ -265,8 +335,8 @@ func (w *lockWaits) leave(key string, q *lockQueue, turn chan struct{}) {
 	}
 	if len(q.waiters) == 0 {
 		delete(w.queue, key)
-		if q.sub != nil {
-			_ = q.sub.Unsubscribe()
+		for _, sub := range q.subs {
+			_ = sub.Unsubscribe()
 		}
 	}
 }

@@ -42,6 +42,7 @@ var suite = map[string]string{
 	"binding":          ". -run ^TestBindLeavesWhatTheOperatorSet$",
 	"unfit-locks":      ". -run ^TestBucketsThatCannotHoldLocks$",
 	"waiting":          ". -run ^TestWaitingForALock$",
+	"next":             ". -run ^TestNextAmongManyWaiters$",
 	"refreshes":        ". -run ^TestRefreshNearTheEnd$",
 	"at-the-deadline":  ". -run ^TestWatchRefreshedAtTheDeadline$",
 	"near-its-opening": ". -run ^TestWatchReportsExpiryNearItsOpening$",
@@ -170,7 +171,8 @@ var mutations = []mutation{
 	{"binding-changes-the-history", []edit{{"has > 0 && int64(b.want.history) > has {", "has > 0 && b.want.history > 0 && int64(b.want.history) != has {"}}, []string{"binding"}},
 	{"locks-in-memory", []edit{{"	case c.Storage != \"file\":\n", "	case false:\n"}}, []string{"unfit-locks"}},
 	{"locks-in-a-bucket-with-max-age", []edit{{"	case c.MaxAge > 0:\n", "	case false:\n"}}, []string{"unfit-locks"}},
-	{"waiters-poll", []edit{{"		if q.sub == nil || s.missesReleases {\n			wake = earlier(wake, began.Add(missedReleaseCheck))", "		if true {\n			wake = earlier(wake, began.Add(30*time.Millisecond))"}}, []string{"waiting"}},
+	{"waiters-poll", []edit{{"		if len(q.subs) == 0 || s.missesReleases {\n			wake = earlier(wake, answered.Add(missedReleaseCheck))", "		if true {\n			wake = earlier(wake, answered.Add(30*time.Millisecond))"}}, []string{"waiting"}},
+	{"waiters-all-at-once", []edit{{"	if !chosen {\n		wake = wake.Add(found.standby)", "	if false {\n		wake = wake.Add(found.standby)"}}, []string{"next"}},
 	{"refresh-by-the-estimate", []edit{{"	r, err := n.write(newBudget(ctx), l, mutation{value: n.s.leaseData(l.ttl, l.token), ttl: l.ttl})\n", "	if n.b.expired(newBudget(ctx), n.b.cache.recall(l.key).deadline) {\n		return ErrLockExpired\n	}\n	r, err := n.write(newBudget(ctx), l, mutation{value: n.s.leaseData(l.ttl, l.token), ttl: l.ttl})\n"}}, []string{"refreshes"}},
 
 	// Watches, Follow and Cache.
