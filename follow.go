@@ -22,12 +22,13 @@ import (
 // the caller's own. A slow reader blocks nobody, as for Watch. Follow remembers
 // the names and revisions of the keys that exist.
 func Follow(ctx context.Context, store Store, pattern string) (current []*KeyValue, changes <-chan *KeyValue, err error) {
-	out := &followSink{reader: make(chan *KeyValue), versions: make(map[string]version)}
-	f := &following{store: store, pattern: pattern, sink: out}
+	f := &following{store: store, pattern: pattern}
 	src, err := f.open(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
+	out := &followSink{reader: make(chan *KeyValue), versions: make(map[string]version, len(src.current))}
+	f.sink = out
 	for _, kv := range src.current {
 		out.versions[kv.Key] = versionOf(kv)
 	}

@@ -143,6 +143,7 @@ func (c *consumer) ask(t *retryBudget, e *epoch, subject string, data []byte) (*
 	timer := time.NewTimer(checkInterval)
 	defer timer.Stop()
 	w := newWaiter(c.b.requester, t, e, msg, repeatable, timer)
+	w.unique = true // the consumer's name is in it
 	for {
 		answer, err := await(&w, c.mail)
 		if err != nil || answer.Reply == "" {

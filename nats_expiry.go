@@ -24,6 +24,7 @@ type liveKeys struct {
 	alive    map[string]*tracked
 	expiries expiryQueue
 	deferred time.Time // until when it does not look at what has expired
+	overdue  bool      // something has expired, but there is more to read first
 	asking   bool      // what has expired is being found out
 
 	// Until the keys that existed before are listed, and during each later
@@ -144,21 +145,22 @@ func (f *feed) merge(l listing) {
 	if f.listed {
 		over = l.now // what expired before was tracked: it was reported, or will be
 	}
-	there := make(map[string]bool, len(l.all))
+	var suspects []*tracked
+	for key, t := range f.alive {
+		if f.touched[key] == 0 && !t.deadline.passed(l.now) && !l.has(key) {
+			suspects = append(suspects, t)
+		}
+	}
+	if len(f.alive) == 0 {
+		f.alive = make(map[string]*tracked, len(l.all))
+	}
 	for i := range l.all {
 		r := &l.all[i]
-		there[r.key] = true
 		t := f.alive[r.key]
 		if r.deleted || f.touched[r.key] >= r.revision || t != nil && t.revision >= r.revision || r.deadline.passed(over) {
 			continue
 		}
 		f.track(r.key, &r.record, r.revision > f.cursor)
-	}
-	var suspects []*tracked
-	for key, t := range f.alive {
-		if !there[key] && f.touched[key] == 0 && !t.deadline.passed(l.now) {
-			suspects = append(suspects, t)
-		}
 	}
 	f.listed, f.listing = true, false
 	f.touched = make(map[string]uint64)
@@ -198,7 +200,7 @@ func (f *feed) expire() {
 	if f.source == nil || f.asking || !f.expiries.anyDue(now) {
 		return
 	}
-	if f.behind() && !f.expiries.anyDue(now-maxOverdue) {
+	if f.overdue = f.behind() && !f.expiries.anyDue(now-maxOverdue); f.overdue {
 		// What is on its way here may be refreshes: nothing need be asked then.
 		f.deferred = time.Now().Add(20 * time.Millisecond)
 		return

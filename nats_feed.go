@@ -450,6 +450,9 @@ func (f *feed) read(msg *nats.Msg) {
 		return
 	}
 	f.reachTargets()
+	if f.overdue && !f.behind() {
+		f.expire()
+	}
 }
 
 func (f *feed) accept(msg *nats.Msg) error {

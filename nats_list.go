@@ -48,6 +48,12 @@ type listing struct {
 	now timestamp // the server's clock when it began
 }
 
+// has reports whether the listing has a record of the key.
+func (l *listing) has(key string) bool {
+	_, found := slices.BinarySearchFunc(l.all, key, func(r listed, key string) int { return strings.Compare(r.key, key) })
+	return found
+}
+
 // list reads all records of keys that match the pattern, with their values or
 // without. The consumer may be on a server that fails meanwhile; then it starts
 // over. It costs four requests, and more for each 16,384 keys or 4 MiB.

@@ -13,8 +13,10 @@ import (
 
 const (
 	// standbyDelay is how much longer than the waiter that the server has chosen
-	// the others wait: they hear its attempt first, and leave the lock to it.
-	standbyDelay = 20 * time.Millisecond
+	// the others wait: they hear its attempt first, and leave the lock to it. Where
+	// nobody was chosen it is shortDelay.
+	standbyDelay = 500 * time.Millisecond
+	shortDelay   = 20 * time.Millisecond
 	// standbySpread is the time over which they spread their attempts after that,
 	// most of them towards its end.
 	standbySpread = 100 * time.Millisecond
@@ -255,20 +257,23 @@ func (q *lockQueue) wake(found *foundLock) time.Time {
 		}
 		wake = earlier(heard.until, heard.at.Add(yield))
 	}
-	if !chosen {
-		wake = wake.Add(found.standby)
+	switch {
+	case chosen:
+		return wake
+	case heard.op != "":
+		wake = wake.Add(standbyDelay) // somebody else was
 	}
-	return wake
+	return wake.Add(found.standby)
 }
 
-// standby returns how long a waiter stands by that is not chosen, and whose
-// request has taken a while. Nobody knows how many others stand by: as exponentially
-// more of them choose a later moment, few have begun when the first is heard, and
-// one alone does not wait for long.
+// standby returns how long a waiter stands by, whose last request has taken the
+// time trip, where nobody was chosen. Nobody knows how many others stand by: as
+// exponentially more of them take a later moment, few have begun when the first is
+// heard, and one alone does not wait for long.
 func standby(trip time.Duration) time.Duration {
 	const lambda = 8 // for up to e^8 waiters
 	moment := math.Log1p(mathrand.Float64()*math.Expm1(lambda)) / lambda
-	return standbyDelay + 2*trip + time.Duration(moment*float64(standbySpread+4*trip))
+	return shortDelay + 2*trip + time.Duration(moment*float64(standbySpread+4*trip))
 }
 
 func earlier(x, y time.Time) time.Time {

@@ -517,6 +517,7 @@ type waiter struct {
 	heard  time.Time // since when the answer is known not to be on its way; zero until then
 	in     uint64    // messages that had come in by the last check
 	seen   bool      // in is known
+	unique bool      // no other request has the subject: what the connection reports of it is of this one
 }
 
 // newWaiter returns the waiter for a request that was just sent. It uses the
@@ -538,6 +539,8 @@ func await[T any](w *waiter, arrivals <-chan T) (arrival T, err error) {
 			case giveUp:
 				w.r.resubscribe()
 				return arrival, w.r.explain(errNoAnswer, w.msg.Subject)
+			case isRefused:
+				return arrival, fmt.Errorf("%s: %w", w.msg.Subject, w.r.nc.LastError())
 			case repeatNow:
 				if w.r.publish(w.msg) == nil {
 					w.copies++
@@ -563,6 +566,7 @@ const (
 	waitOn verdict = iota
 	repeatNow
 	giveUp
+	isRefused
 )
 
 // check looks whether the answer may be on its way: a ping that was sent after
@@ -572,6 +576,9 @@ func (w *waiter) check() verdict {
 	in := w.r.nc.Stats().InMsgs
 	moving := w.seen && in != w.in
 	w.in, w.seen = in, true
+	if w.unique && w.r.refused(w.msg.Subject) {
+		return isRefused
+	}
 	w.r.slow(w.t, w.first, "state: a request is not answered", w.msg.Subject)
 	if w.heard.IsZero() {
 		if w.heard = w.r.heardSince(w.sent); w.heard.Sub(w.sent) > repeatInterval {
@@ -662,14 +669,19 @@ func (r *requester) heardSince(sent time.Time) time.Time {
 // It is a hint, and proves nothing about this request.
 func (r *requester) explain(err error, subject string) error {
 	err = fmt.Errorf("%s: %w", subject, err)
-	if last := r.nc.LastError(); last != nil {
-		if text := last.Error(); errors.Is(last, nats.ErrPermissionViolation) &&
-			(strings.Contains(text, `"`+subject+`"`) || strings.Contains(text, "_INBOX")) ||
-			errors.Is(last, nats.ErrMaxSubscriptionsExceeded) {
-			err = fmt.Errorf("%w (the connection last reported: %w)", err, last)
-		}
+	last := r.nc.LastError()
+	if r.refused(subject) || errors.Is(last, nats.ErrMaxSubscriptionsExceeded) ||
+		errors.Is(last, nats.ErrPermissionViolation) && strings.Contains(last.Error(), "_INBOX") {
+		err = fmt.Errorf("%w (the connection last reported: %w)", err, last)
 	}
 	return err
+}
+
+// refused reports whether the connection last reported that it may not publish to
+// a subject.
+func (r *requester) refused(subject string) bool {
+	last := r.nc.LastError()
+	return errors.Is(last, nats.ErrPermissionViolation) && strings.Contains(last.Error(), `"`+subject+`"`)
 }
 
 // call makes a request of the JetStream API that changes nothing, or that may
