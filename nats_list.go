@@ -15,11 +15,12 @@ import (
 )
 
 const (
-	// listBatch is how many messages a listing asks for at a time, and
-	// minListBatch how many of a small stream: fewer could come as fast as others
-	// write, so that the listing would never see the end.
-	listBatch    = 16384
-	minListBatch = 1024
+	// listBatch is how many messages a listing asks for at a time. Of a smaller
+	// stream it asks for spareBatch more than it has: a request that brings all it
+	// asked for does not say that this is the end, and one for few more could be
+	// filled by what others write meanwhile.
+	listBatch  = 16384
+	spareBatch = 1024
 	// listHeartbeat is how long a listing waits at the end of the stream until
 	// the server says that it is the end.
 	listHeartbeat = 50 * time.Millisecond
@@ -187,7 +188,7 @@ func (b *bucket) listOnce(t *retryBudget, p pattern, info *streamInfo, values bo
 	headersOnly := !values && !small
 	began := time.Now()
 	e, _ := b.current()
-	batch := int(min(max(info.State.Messages, minListBatch), listBatch))
+	batch := int(min(info.State.Messages+spareBatch, listBatch))
 	c, err := b.consume(t, consumption{filter: filter, headersOnly: headersOnly, batch: batch, life: listLife})
 	if err != nil {
 		return nil, err

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
@@ -87,4 +88,24 @@ func TestKeysOfFewUnderWrites(t *testing.T) {
 	}
 	close(done)
 	writers.Wait()
+}
+
+// TestKeysTakeOneBatch: a listing of all keys of a small bucket asks for messages
+// once. To ask again, in order to see the end, would wait for a heartbeat.
+func TestKeysTakeOneBatch(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	for n := range 1100 {
+		require.NoError(t, s.Put(fmt.Sprintf("k.%d", n), nil, 0))
+		switch n + 1 {
+		case 1, 100, 1000, 1023, 1024, 1100:
+			const once = 3 // for the state of the stream, the consumer, and its messages
+			assert.Equal(t, once, spent(s, func() {
+				keys, err := s.Keys("*")
+				require.NoError(t, err)
+				require.Len(t, keys, n+1)
+			}), "requests for %d keys", n+1)
+		}
+	}
 }
