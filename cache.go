@@ -18,7 +18,10 @@ import (
 // most, and Wait waits until the cache has a certain change. An entry stays in
 // the cache until its expiry has been delivered.
 //
-// For each entry a Cache takes the key, the value and about 250 bytes.
+// For each entry a Cache takes the key, the value and about 250 bytes. On a
+// [NATSStore] the watch behind it takes as much again, once for all watches of the
+// pattern in a store. What an operator purges there is noticed after up to about
+// two seconds, which AsOf does not take into account.
 type Cache struct {
 	pattern pattern
 	entries sync.Map // *KeyValue by key; those in it are never changed

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"testing"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
@@ -191,6 +193,37 @@ func TestMemoryStoreAllocations(t *testing.T) {
 		require.NoError(t, err)
 	}
 	allocations("Put beside watches", 0, func() { _ = s.Put("key", value, 0) })
+}
+
+// TestCacheMemory checks what the comment of Cache says an entry takes beyond its
+// key and value. The server is another process.
+func TestCacheMemory(t *testing.T) {
+	withoutRace(t)
+	const n, size = 20_000, 128
+	heap := func() int64 {
+		var stats runtime.MemStats
+		runtime.GC()
+		runtime.GC() // what the first one has finalized
+		runtime.ReadMemStats(&stats)
+		return int64(stats.HeapAlloc)
+	}
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, startServerProcess(t)), Bucket: "b"})
+	m := NewMemoryStore()
+	defer m.Close()
+	for store, most := range map[Store]int64{m: 300, s: 550} {
+		keyLen := int64(0)
+		for i := range n {
+			key := fmt.Sprintf("agents.%06d", i)
+			keyLen = int64(len(key))
+			require.NoError(t, store.Put(key, make([]byte, size), 0))
+		}
+		before := heap()
+		c := mustCache(t, store, "*")
+		each := (heap()-before)/n - keyLen - size
+		t.Logf("%T: %d bytes", store, each)
+		assert.LessOrEqual(t, each, most, "bytes per entry of a %T", store)
+		require.NoError(t, c.Close())
+	}
 }
 
 // TestNATSStoreAllocations compares with what nats.go's own KV needs for the
