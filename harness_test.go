@@ -193,6 +193,18 @@ func (c *cluster) leader(t testing.TB, bucket string) int {
 	return 0
 }
 
+// consumerLeader returns the index of the server that a consumer is on.
+func (c *cluster) consumerLeader(t testing.TB, stream, consumer string) int {
+	t.Helper()
+	for i, srv := range c.servers {
+		if srv.JetStreamIsConsumerLeader(server.DEFAULT_GLOBAL_ACCOUNT, stream, consumer) {
+			return i
+		}
+	}
+	require.FailNow(t, "the consumer is nowhere")
+	return 0
+}
+
 // stepDown makes another server lead a bucket's stream. Between two leaders
 // nobody answers.
 func (c *cluster) stepDown(t testing.TB, nc *nats.Conn, bucket string) {

@@ -719,3 +719,41 @@ func TestKeysOfALargeBucket(t *testing.T) {
 	wg.Wait()
 	t.Logf("%d listings of %d keys took %v each while %d writes were made", listings, n, took/listings, written.Load())
 }
+
+// TestConsumerIsOffline: the answer to a request for a consumer was lost, and the
+// server that made it is down. Those that are up refuse the same request, which
+// passes, and another consumer is made.
+func TestConsumerIsOffline(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster")
+	}
+	t.Parallel()
+	c := startCluster(t)
+	var urls []string
+	for _, srv := range c.servers {
+		urls = append(urls, srv.ClientURL())
+	}
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, strings.Join(urls, ",")), Bucket: "b", Replicas: 3})
+	require.NoError(t, s.Put("k", nil, 0))
+	want := consumption{filter: "$KV.b.>", from: 1, batch: 10, life: time.Minute}
+	made, err := s.data.consume(newBudget(t.Context()), want)
+	require.NoError(t, err)
+	down := c.consumerLeader(t, "KV_b", made.name)
+	c.servers[down].Shutdown()
+	c.servers[down].WaitForShutdown()
+	t.Cleanup(func() { c.restart(t, down) })
+
+	cfg := consumerConfig{
+		Name: made.name, Deliver: "by_start_sequence", StartSeq: 1, Ack: "none", Replay: "instant", Filter: want.filter,
+		Inactive: want.life, Replicas: 1, Memory: true,
+	}
+	eventually(t, func() bool {
+		e, err := s.data.connected(newBudget(t.Context()))
+		require.NoError(t, err)
+		err = made.create(newBudget(t.Context()), e, cfg)
+		return apiCode(err) == codeOffline && passing(err)
+	}, "the others refuse it")
+	keys, err := s.Keys("*")
+	require.NoError(t, err)
+	assert.Equal(t, []string{"k"}, keys)
+}
