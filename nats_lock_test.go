@@ -376,3 +376,36 @@ func TestMutualExclusionAtLength(t *testing.T) {
 		assert.Zero(t, seen[i].violations, "of lock %d", i)
 	}
 }
+
+// TestNextLook: when a waiter looks again, by what it has found and heard, and
+// whether the server has chosen it.
+func TestNextLook(t *testing.T) {
+	asked := time.Now()
+	at := func(seconds float64) time.Time { return asked.Add(time.Duration(seconds * float64(time.Second))) }
+	for name, c := range map[string]struct {
+		heard  lockNews
+		chosen string
+		want   time.Time
+	}{
+		"nothing was heard":                   {want: at(10.1)},
+		"a release, and it is next":           {lockNews{at: at(3), op: "x.4", released: true}, "x.4", at(3)},
+		"a release, and another one is next":  {lockNews{at: at(3), op: "x.4", released: true}, "x.3", at(3.6)},
+		"a release while it was looking":      {lockNews{at: at(0.5), op: "x.4", released: true}, "x.4", at(0.5)},
+		"a release before it looked":          {lockNews{at: at(-1), op: "x.4", released: true}, "", at(10.6)},
+		"an operator's deletion":              {lockNews{at: at(3), released: true}, "", at(3.1)},
+		"a refresh, and it is next":           {lockNews{at: at(3), op: "x.4", until: at(13)}, "x.4", at(13)},
+		"a refresh, and another one is next":  {lockNews{at: at(3), op: "x.4", until: at(13)}, "x.3", at(13.6)},
+		"a refresh with a shorter lease":      {lockNews{at: at(3), op: "x.4", until: at(5)}, "x.4", at(10)},
+		"an attempt, and it is next":          {lockNews{at: at(3), op: "y.0", until: at(33)}, "y.0", at(4)},
+		"an attempt, and another one is next": {lockNews{at: at(3), op: "y.0", until: at(33)}, "x.3", at(13.6)},
+		"an attempt for a short lease":        {lockNews{at: at(3), op: "y.0", until: at(3.5)}, "y.0", at(3.5)},
+		"an attempt while it was looking":     {lockNews{at: at(0.5), op: "y.0", until: at(33)}, "y.0", at(10)},
+	} {
+		q := lockQueue{heard: c.heard, chosen: c.chosen}
+		found := foundLock{
+			asked: asked, answered: at(1), owner: "x", until: at(10),
+			standby: 100 * time.Millisecond, yield: time.Second,
+		}
+		assert.Equal(t, c.want.Sub(asked), q.wake(&found).Sub(asked), name)
+	}
+}

@@ -27,8 +27,8 @@ const (
 )
 
 // Acquire acquires a lock on any store. It waits while somebody holds the lock,
-// and through outages, until ctx ends. Waiters are not queued: the first to ask
-// after a release gets the lock.
+// and through outages, until ctx ends. Waiters are not queued: any of them may get
+// the lock next.
 //
 // It returns [ErrClosed], [ErrInvalidKey], [ErrInvalidTTL] and the error of a
 // connection that its owner has closed at once. It returns
