@@ -41,10 +41,11 @@ func TestMarkerAnomaly(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kv, err := js.CreateKeyValue(t.Context(), jetstream.KeyValueConfig{Bucket: "vanilla", Replicas: 3, LimitMarkerTTL: time.Hour})
-	if err != nil {
-		t.Fatal(err)
-	}
+	var kv jetstream.KeyValue
+	waitFor(t, func() bool { // the servers may be just coming up
+		kv, err = js.CreateKeyValue(t.Context(), jetstream.KeyValueConfig{Bucket: "vanilla", Replicas: 3, LimitMarkerTTL: time.Hour})
+		return err == nil
+	})
 	s, err := state.NewNATSStore(state.NATSStoreConfig{Conn: nc.nc, Bucket: "ours", Replicas: 3})
 	if err != nil {
 		t.Fatal(err)

@@ -16,6 +16,7 @@ type model struct {
 	entries  map[string]*modelEntry
 	locks    map[string]*modelLease
 	told     map[string][]modelEvent // by key, all that a watch from the beginning is told
+	expired  int                     // how many entries have expired
 	closed   bool
 }
 
@@ -53,6 +54,7 @@ func (m *model) advance(now time.Time) {
 	for key, e := range m.entries {
 		if !e.deadline.IsZero() && !e.deadline.After(now) {
 			delete(m.entries, key)
+			m.expired++
 			m.tell(key, modelEvent{state.OpDelete, e.revision, ""})
 		}
 	}
