@@ -170,6 +170,45 @@ func TestNextAmongManyWaiters(t *testing.T) {
 	}
 }
 
+// TestOneWaiterOnACluster: the only waiter for a lock has it soon after its
+// release, although it hears of that before the servers have stored it.
+func TestOneWaiterOnACluster(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster")
+	}
+	t.Parallel()
+	const handovers, ttl = 50, 30 * time.Second
+	c := startCluster(t)
+	var stores []*NATSStore
+	for _, srv := range c.servers {
+		stores = append(stores, openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b", Replicas: 3}))
+	}
+	waits := func(s *NATSStore) bool {
+		w := &s.locks.waits
+		w.mu.Lock()
+		q := w.queue["l"]
+		w.mu.Unlock()
+		return q != nil && w.seesHeld(q)
+	}
+	holder := mustLock(t, stores[0], "l", ttl)
+	for i := range handovers {
+		s := stores[(i+1)%len(stores)]
+		next := make(chan Lock, 1)
+		go func() {
+			lock, err := Acquire(context.Background(), s, "l", ttl)
+			assert.NoError(t, err)
+			next <- lock
+		}()
+		eventually(t, func() bool { return waits(s) }, "it waits")
+		require.NoError(t, holder.Unlock())
+		select {
+		case holder = <-next:
+		case <-time.After(ttl / 3):
+			require.FailNow(t, "the waiter has missed the release", "handover %d", i)
+		}
+	}
+}
+
 // TestWaitersOfAProcessAskOnce: however many wait for a lock in one store, they
 // cost the server what one of them does.
 func TestWaitersOfAProcessAskOnce(t *testing.T) {

@@ -21,7 +21,10 @@ const (
 	// yieldFor is how long a waiter leaves a lock to somebody whose attempt it
 	// has heard, before it looks what became of that.
 	yieldFor = time.Second
-	// patience is how many times longer those wait for that who are not chosen.
+	// releasePause is how soon a waiter looks again that has heard a release
+	// which the leader has not stored yet. It looks again after ever longer pauses.
+	releasePause = 2 * time.Millisecond
+	// patience is how many times longer than the chosen waiter the others pause.
 	patience = 10
 	// missedReleaseCheck is how often a waiter looks that cannot hear of a release.
 	missedReleaseCheck = 2 * time.Second
@@ -242,7 +245,16 @@ func (q *lockQueue) wake(found *foundLock) time.Time {
 	switch {
 	case heard.released && heard.at.After(found.asked):
 		wake = heard.at
+	case heard.released && holderOf(heard.op) == found.owner:
+		// The question has overtaken the release, which the leader still had to
+		// store.
+		pause := max(releasePause, found.answered.Sub(heard.at))
+		if !chosen {
+			pause *= patience
+		}
+		wake = earlier(wake, found.answered.Add(pause))
 	case heard.released:
+		// It was a release before what was found, or a refused one.
 	case holderOf(heard.op) == found.owner:
 		if heard.until.After(wake) {
 			wake = heard.until // it was refreshed
