@@ -183,13 +183,6 @@ func TestOneWaiterOnACluster(t *testing.T) {
 	for _, srv := range c.servers {
 		stores = append(stores, openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b", Replicas: 3}))
 	}
-	waits := func(s *NATSStore) bool {
-		w := &s.locks.waits
-		w.mu.Lock()
-		q := w.queue["l"]
-		w.mu.Unlock()
-		return q != nil && w.seesHeld(q)
-	}
 	holder := mustLock(t, stores[0], "l", ttl)
 	for i := range handovers {
 		s := stores[(i+1)%len(stores)]
@@ -199,7 +192,7 @@ func TestOneWaiterOnACluster(t *testing.T) {
 			assert.NoError(t, err)
 			next <- lock
 		}()
-		eventually(t, func() bool { return waits(s) }, "it waits")
+		eventually(t, func() bool { return s.locks.waits.waiting("l") }, "it waits")
 		require.NoError(t, holder.Unlock())
 		select {
 		case holder = <-next:
@@ -207,6 +200,44 @@ func TestOneWaiterOnACluster(t *testing.T) {
 			require.FailNow(t, "the waiter has missed the release", "handover %d", i)
 		}
 	}
+}
+
+// TestWaitEndsDuringAnAttempt: a wait that ends after its attempt to acquire the
+// lock was sent does not say that somebody else held the lock.
+func TestWaitEndsDuringAnAttempt(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	far, _ := connectAt(t, srv.ClientURL(), distance{rtt: 400 * time.Millisecond})
+	s := openStore(t, NATSStoreConfig{Conn: far, Bucket: "b"})
+	near := connect(t, srv.ClientURL())
+	holder := mustLock(t, openStore(t, NATSStoreConfig{Conn: near, Bucket: "b"}), "l", time.Minute)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	failed := make(chan error, 1)
+	go func() {
+		_, err := Acquire(ctx, s, "l", time.Minute)
+		failed <- err
+	}()
+	eventually(t, func() bool { return s.locks.waits.waiting("l") }, "it waits")
+	_, err := near.Subscribe("$KV.b-locks.l", func(msg *nats.Msg) {
+		if len(msg.Data) > 0 {
+			cancel() // its answer takes another 200 ms
+		}
+	})
+	require.NoError(t, err)
+	require.NoError(t, near.Flush())
+	require.NoError(t, holder.Unlock())
+	err = <-failed
+	assert.ErrorIs(t, err, ErrOutcomeUnknown)
+	assert.ErrorIs(t, err, context.Canceled)
+}
+
+// waiting reports whether somebody waits for a lock that was found held.
+func (w *lockWaits) waiting(key string) bool {
+	w.mu.Lock()
+	q := w.queue[key]
+	w.mu.Unlock()
+	return q != nil && w.seesHeld(q)
 }
 
 // TestWaitersOfAProcessAskOnce: however many wait for a lock in one store, they

@@ -3,6 +3,7 @@ package state
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"math"
 	mathrand "math/rand/v2"
 	"sync"
@@ -166,7 +167,7 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 		case err == ErrLockHeld:
 			held, look = true, true
 			s.waits.found(q, true)
-		case ctx.Err() != nil && held:
+		case ctx.Err() != nil && held && !errors.Is(err, ErrOutcomeUnknown):
 			return nil, ErrLockHeld
 		default:
 			s.waits.found(q, false)
