@@ -240,6 +240,31 @@ func (w *lockWaits) waiting(key string) bool {
 	return q != nil && w.seesHeld(q)
 }
 
+// TestWaitAfterAnOutage: a waiter that an outage has kept waiting for an answer has
+// the lock soon after the lease's end all the same.
+func TestWaitAfterAnOutage(t *testing.T) {
+	t.Parallel()
+	const outage, ttl = 3 * time.Second, 6 * time.Second
+	srv := startRestartable(t)
+	url := srv.ClientURL()
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, url), Bucket: "b"})
+	held := time.Now()
+	mustLock(t, openStore(t, NATSStoreConfig{Conn: connect(t, url), Bucket: "b"}), "l", ttl)
+	acquired := make(chan time.Time, 1)
+	go func() {
+		if _, err := Acquire(context.Background(), s, "l", ttl); assert.NoError(t, err) {
+			acquired <- time.Now()
+		}
+	}()
+	eventually(t, func() bool { return s.locks.waits.waiting("l") }, "it waits")
+	stopServer(srv.Server)
+	time.Sleep(outage)
+	srv.start(t)
+	t.Cleanup(func() { stopServer(srv.Server) })
+	at := <-acquired
+	assert.Less(t, at.Sub(held), ttl+4*time.Second)
+}
+
 // TestWaitersOfAProcessAskOnce: however many wait for a lock in one store, they
 // cost the server what one of them does.
 func TestWaitersOfAProcessAskOnce(t *testing.T) {

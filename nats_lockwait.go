@@ -20,6 +20,9 @@ const (
 	// standbySpread is the time over which they spread their attempts after that,
 	// most of them towards its end.
 	standbySpread = 100 * time.Millisecond
+	// maxTrip is the longest trip to the server that counts: what takes longer was
+	// kept waiting for another reason.
+	maxTrip = 500 * time.Millisecond
 	// yieldFor is how long a waiter leaves a lock to somebody whose attempt it
 	// has heard, before it looks whether the attempt succeeded.
 	yieldFor = time.Second
@@ -286,6 +289,7 @@ func (q *lockQueue) wake(found *foundLock) time.Time {
 // are, only a few of them have asked when the others hear the first attempt.
 func standby(trip time.Duration) time.Duration {
 	const lambda = 8 // for up to e^8 waiters
+	trip = min(trip, maxTrip)
 	fraction := math.Log1p(mathrand.Float64()*math.Expm1(lambda)) / lambda
 	return standbyDelay + 2*trip + time.Duration(fraction*float64(standbySpread+4*trip))
 }
