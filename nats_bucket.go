@@ -167,7 +167,7 @@ func (b *bucket) infoBy(t *retryBudget, verb string, req any) (*streamInfo, erro
 		}
 		if info.Cluster != nil && info.Cluster.Leader == "" {
 			// Without a leader every member answers, for itself.
-			if !t.wait(b.life) {
+			if !b.wait(t) {
 				return nil, fmt.Errorf("stream %s has no leader", b.stream)
 			}
 			continue
@@ -340,12 +340,12 @@ func (b *bucket) create(t *retryBudget) (*streamInfo, error) {
 		config.MaxConsumers = -1 // the account has a limit
 		info, err = b.infoBy(t, "STREAM.CREATE", config)
 	}
-	for apiCode(err) == codeNotCreated && t.wait(b.life) {
+	for apiCode(err) == codeNotCreated && b.wait(t) {
 		// A server of the cluster was not ready, or a server is still removing the
 		// directories of a stream that was the account's last.
 		info, err = b.infoBy(t, "STREAM.CREATE", config)
 	}
-	for apiCode(err) == codeNameInUse || apiCode(err) == codeNoStream && t.wait(b.life) {
+	for apiCode(err) == codeNameInUse || apiCode(err) == codeNoStream && b.wait(t) {
 		info, err = b.info(t) // somebody was faster
 	}
 	return info, err

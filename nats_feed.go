@@ -250,7 +250,7 @@ func (f *feed) attach() {
 func (f *feed) connect(first bool, cursor uint64, created time.Time, lastContactAt timestamp, maxCut time.Duration) (a newSource, err error) {
 	t := newBudget(f.ctx)
 	for {
-		if a, err = f.tryToConnect(t, first, cursor, created, lastContactAt, maxCut); err == nil || !passing(err) || !t.wait(f.b.life) {
+		if a, err = f.tryToConnect(t, first, cursor, created, lastContactAt, maxCut); err == nil || !passing(err) || !f.b.wait(t) {
 			return a, err
 		}
 		f.b.retrying(t, f.b.filter(f.pattern))
@@ -571,7 +571,7 @@ func (f *feed) measureProgress(source *consumer) (at target, err error) {
 			return target{source, state.Delivered.Count, progress{info.State.LastSeq, asked}}, nil
 		}
 		// It has more to deliver, or is on a replica that lags.
-		if !t.wait(f.b.life) || time.Since(asked) > opTimeout {
+		if !f.b.wait(t) || time.Since(asked) > opTimeout {
 			return at, errNoAnswer
 		}
 	}

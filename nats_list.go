@@ -76,7 +76,7 @@ func (b *bucket) list(t *retryBudget, p pattern, values bool) (listing, error) {
 			l.all = sortAndDedupe(l.all)
 			return l, nil
 		}
-		if !errors.Is(err, errStartOver) && !passing(err) || tries == 5 || !t.wait(b.life) {
+		if !errors.Is(err, errStartOver) && !passing(err) || tries == 5 || !b.wait(t) {
 			return listing{}, err
 		}
 		b.retrying(t, b.filter(p))

@@ -89,7 +89,7 @@ func (b *bucket) leaderLast(t *retryBudget, key string) (record, error) {
 			b.cache.forget(key)
 			return r, nil
 		}
-		if !t.wait(b.life) {
+		if !b.wait(t) {
 			return record{}, errStaleLeader
 		}
 	}

@@ -117,21 +117,6 @@ func (b *retryBudget) left() time.Duration {
 	return min(time.Until(b.since.Add(opTimeout)), time.Until(b.begun.Add(opLimit)))
 }
 
-// wait pauses, randomly and for longer each time, and reports whether there is
-// time left for another attempt.
-func (b *retryBudget) wait(life context.Context) bool {
-	timer := time.NewTimer(b.pause/2 + mathrand.N(b.pause))
-	defer timer.Stop()
-	b.pause = min(2*b.pause, 100*time.Millisecond)
-	select {
-	case <-timer.C:
-		return b.left() > minAttempt
-	case <-b.ctx.Done():
-	case <-life.Done():
-	}
-	return false
-}
-
 // A requester makes requests on a connection. It publishes only while the
 // connection is up: what the client library would hold back while it reconnects
 // could take effect at any later time.
@@ -311,21 +296,35 @@ func (r *requester) connected(t *retryBudget) (*epoch, error) {
 		if late {
 			pause = checkInterval / 5
 		}
-		timer := time.NewTimer(min(max(t.left(), 0), pause))
-		select {
-		case <-e.over:
-		case <-timer.C:
-		case <-t.ctx.Done():
-		case <-r.life.Done():
-		}
-		timer.Stop()
-		if err := r.ended(t); err != nil {
+		if err := r.pause(t, min(t.left(), pause), e.over); err != nil {
 			return nil, err
 		}
 		if t.left() <= 0 {
 			return nil, nats.ErrDisconnected
 		}
 	}
+}
+
+// wait pauses, randomly and for longer each time, and reports whether there is
+// time left for another attempt.
+func (r *requester) wait(t *retryBudget) bool {
+	pause := t.pause/2 + mathrand.N(t.pause)
+	t.pause = min(2*t.pause, 100*time.Millisecond)
+	return r.pause(t, pause, nil) == nil && t.left() > minAttempt
+}
+
+// pause waits for d, or until over is closed. It returns why the operation must
+// not go on, nil if it may.
+func (r *requester) pause(t *retryBudget, d time.Duration, over <-chan struct{}) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-over:
+	case <-t.ctx.Done():
+	case <-r.life.Done():
+	}
+	return r.ended(t)
 }
 
 // ended returns why an operation must not go on, nil if it may.
@@ -606,7 +605,7 @@ func (w *waiter) check() verdict {
 // waitAfter waits before another attempt of what failed with err. If there is to be
 // none it returns why: that the call was ended, or else err.
 func (r *requester) waitAfter(t *retryBudget, err error) error {
-	if t.wait(r.life) {
+	if r.wait(t) {
 		return nil
 	}
 	if ended := r.ended(t); ended != nil {

@@ -256,7 +256,7 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 		case err == errUnchanged && (inDoubt == nil || pre == ifUnchanged && (m.ttl == 0 || time.Since(began) < m.ttl)):
 			// Another attempt on the same revision can only be stored if no
 			// earlier one ever is.
-			if !t.wait(b.life) {
+			if !b.wait(t) {
 				if err = b.ended(t); err == nil && inDoubt == nil {
 					err = errBusy
 				}
@@ -326,14 +326,7 @@ func unknownIf(inDoubt, err error) error {
 // too.
 func (b *bucket) waitForRemoval(t *retryBudget, base record) error {
 	for b.settings.Load().MarkerTTL > 0 && base.leaving(b.clock.now()) {
-		timer := time.NewTimer(100 * time.Millisecond)
-		select {
-		case <-timer.C:
-		case <-t.ctx.Done():
-		case <-b.life.Done():
-		}
-		timer.Stop()
-		if err := b.ended(t); err != nil {
+		if err := b.pause(t, 100*time.Millisecond, nil); err != nil {
 			return err
 		}
 		if t.left() <= 0 {

@@ -162,7 +162,7 @@ var mutations = []mutation{
 
 	// Writes.
 	{"put-loops", []edit{
-		{"	base, err := b.contended(t, m.key)\n	if err != nil {\n		return record{}, err\n	}\n	return b.commit(t, m, base, always)\n", "	for {\n		base, err := b.contended(t, m.key)\n		if err != nil {\n			return record{}, err\n		}\n		if r, err := b.commit(t, m, base, ifUnchanged); err != errMoved || !t.wait(b.life) {\n			return r, err\n		}\n	}\n"},
+		{"	base, err := b.contended(t, m.key)\n	if err != nil {\n		return record{}, err\n	}\n	return b.commit(t, m, base, always)\n", "	for {\n		base, err := b.contended(t, m.key)\n		if err != nil {\n			return record{}, err\n		}\n		if r, err := b.commit(t, m, base, ifUnchanged); err != errMoved || !b.wait(t) {\n			return r, err\n		}\n	}\n"},
 	}, []string{"starve"}},
 	{"publishes-while-disconnected", []edit{
 		{"		case nats.CONNECTED:\n			if e.status == nats.CONNECTED || late {", "		case nats.CONNECTED, nats.RECONNECTING:\n			if true {"},
