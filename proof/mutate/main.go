@@ -152,8 +152,8 @@ var mutations = []mutation{
 		{"if len(msg.Data) > 0 || len(msg.Header[\"Nats-Sequence\"]) > 0 {", "if false {"},
 	}, []string{"strangers"}},
 	{"keys-without-the-leader", []edit{
-		{"ends++; last >= upTo && (", "ends++; (true || last >= upTo) && ("},
-		{"case st.code == \"100\" && last < upTo:", "case st.code == \"\" && last < upTo && false:"},
+		{"ends++; l.last >= l.upTo && (", "ends++; (true || l.last >= l.upTo) && ("},
+		{"case st.code == \"100\" && l.last < l.upTo:", "case st.code == \"100\" && l.last < l.upTo && false:"},
 	}, []string{three}},
 	{"entries-with-the-deleted", []edit{
 		{"	for r := range b.existing(t, l) {\n", "	for i := range l.all {\n		r := &l.all[i]\n"},
