@@ -209,8 +209,8 @@ func (f *feed) expire() {
 	f.asking = true
 	f.b.start(func() {
 		// The server's clock may have been set back, or another server leads now.
-		t := newBudget(f.ctx)
-		info, err := f.b.info(t)
+		budget := newBudget(f.ctx)
+		info, err := f.b.info(budget)
 		f.post(func() {
 			if err != nil {
 				f.asking = false

@@ -51,9 +51,9 @@ type listing struct {
 // list reads all records of keys that match the pattern, with their values or
 // without. The consumer may be on a server that fails meanwhile; then it starts
 // over. It costs four requests, and more for each 16,384 keys or 4 MiB.
-func (b *bucket) list(t *retryBudget, p pattern, values bool) (listing, error) {
+func (b *bucket) list(budget *retryBudget, p pattern, values bool) (listing, error) {
 	if !p.wild {
-		r, err := b.leaderLast(t, p.prefix)
+		r, err := b.leaderLast(budget, p.prefix)
 		l := listing{now: b.clock.now()}
 		if err == nil && r.revision != 0 {
 			l.all = []listed{{p.prefix, r}}
@@ -61,25 +61,25 @@ func (b *bucket) list(t *retryBudget, p pattern, values bool) (listing, error) {
 		return l, err
 	}
 	for tries := 1; ; tries++ {
-		t.begun = time.Now() // however long one try takes
-		info, err := b.info(t)
+		budget.begun = time.Now() // however long one try takes
+		info, err := b.info(budget)
 		if err != nil {
 			return listing{}, err
 		}
 		l := listing{now: timestamp(info.Now.UnixNano())}
 		var ok bool
-		if l.all, ok = b.listFew(t, p, info); !ok {
-			t.begun = time.Now()
-			l.all, err = b.listOnce(t, p, info, values)
+		if l.all, ok = b.listFew(budget, p, info); !ok {
+			budget.begun = time.Now()
+			l.all, err = b.listOnce(budget, p, info, values)
 		}
 		if err == nil {
 			l.all = sortAndDedupe(l.all)
 			return l, nil
 		}
-		if !errors.Is(err, errStartOver) && !passing(err) || tries == 5 || !b.wait(t) {
+		if !errors.Is(err, errStartOver) && !passing(err) || tries == 5 || !b.wait(budget) {
 			return listing{}, err
 		}
-		b.retrying(t, b.filter(p))
+		b.retrying(budget, b.filter(p))
 	}
 }
 
@@ -105,7 +105,7 @@ func sortAndDedupe(all []listed) []listed {
 // keys match. A consumer, which reads on through the stream, costs less for each
 // key but something for every other one that it passes. It reports whether it
 // could: on one server, and if the answer is whole and the stream's own.
-func (b *bucket) listFew(t *retryBudget, p pattern, info *streamInfo) (all []listed, ok bool) {
+func (b *bucket) listFew(budget *retryBudget, p pattern, info *streamInfo) (all []listed, ok bool) {
 	most := int(min(max(info.State.Messages/32, 64), 1024)) // 1024 is the server's limit
 	if !b.direct() || p.prefix == "" {
 		return nil, false
@@ -118,7 +118,7 @@ func (b *bucket) listFew(t *retryBudget, p pattern, info *streamInfo) (all []lis
 	if err != nil {
 		return nil, false
 	}
-	answers, err := b.doMany(t, &nats.Msg{Subject: b.api + "DIRECT.GET." + b.stream, Data: req}, most+1, func(msg *nats.Msg) bool {
+	answers, err := b.doMany(budget, &nats.Msg{Subject: b.api + "DIRECT.GET." + b.stream, Data: req}, most+1, func(msg *nats.Msg) bool {
 		return statusOf(msg) != ""
 	})
 	if err != nil || len(answers) == 0 {
@@ -163,11 +163,11 @@ var errStartOver = errors.New("the listing was cut short")
 //
 // With replicas the consumer may be on one that lags. The list is complete when
 // it has come to the last message that the leader had before, or to a later one.
-func (b *bucket) listOnce(t *retryBudget, p pattern, info *streamInfo, values bool) ([]listed, error) {
+func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, values bool) ([]listed, error) {
 	filter, began := b.filter(p), time.Now()
 	l := &listRun{b: b, pattern: p, maxAge: info.config.MaxAge, values: values}
 	if info.config.Replicas > 1 {
-		msg, err := b.leaderMsg(t, filter)
+		msg, err := b.leaderMsg(budget, filter)
 		if err != nil || msg == nil {
 			return nil, err
 		}
@@ -178,7 +178,7 @@ func (b *bucket) listOnce(t *retryBudget, p pattern, info *streamInfo, values bo
 	l.batch = int(min(max(info.State.Messages, minListBatch), listBatch))
 	l.epoch, _ = b.current()
 	var err error
-	if l.source, err = b.consume(t, consumption{filter: filter, headersOnly: l.headersOnly, batch: l.batch, life: listLife}); err != nil {
+	if l.source, err = b.consume(budget, consumption{filter: filter, headersOnly: l.headersOnly, batch: l.batch, life: listLife}); err != nil {
 		return nil, err
 	}
 	defer l.source.stop()
@@ -190,7 +190,7 @@ func (b *bucket) listOnce(t *retryBudget, p pattern, info *streamInfo, values bo
 	defer l.timer.Stop()
 
 	for ends := 0; ; { // how often the end was seen in a row
-		got, st, err := l.pull(t)
+		got, st, err := l.pull(budget)
 		if err != nil {
 			return nil, err
 		}
@@ -232,14 +232,14 @@ type listRun struct {
 
 // pull makes one request for messages, and takes over what it brings. It returns
 // how many those were, and the status that ended the request.
-func (l *listRun) pull(t *retryBudget) (got int, st status, err error) {
+func (l *listRun) pull(budget *retryBudget) (got int, st status, err error) {
 	began := time.Now()
 	asked, err := l.source.pull(pullRequest{Batch: l.batch, NoWait: true, Expires: opTimeout, Heartbeat: listHeartbeat})
 	if err != nil {
 		return 0, st, fmt.Errorf("%w: %w", errStartOver, err)
 	}
 	for got < asked && st.code == "" {
-		msg, err := l.source.next(t, l.epoch, l.timer)
+		msg, err := l.source.next(budget, l.epoch, l.timer)
 		if err != nil {
 			return got, st, err
 		}
@@ -250,7 +250,7 @@ func (l *listRun) pull(t *retryBudget) (got int, st status, err error) {
 		switch {
 		case st.code == "":
 			got, l.last = got+1, d.seq
-			if err := l.add(t, msg, d); err != nil {
+			if err := l.add(budget, msg, d); err != nil {
 				return got, st, err
 			}
 		case st.code == "0":
@@ -274,7 +274,7 @@ func (l *listRun) pull(t *retryBudget) (got int, st status, err error) {
 }
 
 // add adds the record of a message, if its key matches.
-func (l *listRun) add(t *retryBudget, msg *nats.Msg, d delivery) error {
+func (l *listRun) add(budget *retryBudget, msg *nats.Msg, d delivery) error {
 	key, ok := l.b.key(l.pattern, msg.Subject)
 	if !ok {
 		return nil
@@ -284,7 +284,7 @@ func (l *listRun) add(t *retryBudget, msg *nats.Msg, d delivery) error {
 		// With the header that the server adds it reads otherwise than as it was
 		// stored.
 		var err error
-		if rec, err = l.b.leaderRecord(t, key); err != nil || rec.revision == 0 {
+		if rec, err = l.b.leaderRecord(budget, key); err != nil || rec.revision == 0 {
 			return err
 		}
 	}
@@ -297,29 +297,29 @@ func (l *listRun) add(t *retryBudget, msg *nats.Msg, d delivery) error {
 
 // next returns the next message of a request, or a status. Its error wraps
 // errStartOver unless the caller or the store has ended the call.
-func (c *consumer) next(t *retryBudget, e *epoch, timer *time.Timer) (*nats.Msg, error) {
+func (c *consumer) next(budget *retryBudget, e *epoch, timer *time.Timer) (*nats.Msg, error) {
 	select {
 	case msg := <-c.mail:
 		return msg, nil
 	default:
 	}
-	w := newWaiter(c.b.requester, t, e, c.request, once, timer)
+	w := newWaiter(c.b.requester, budget, e, c.request, once, timer)
 	msg, err := await(&w, c.mail)
 	switch {
 	case err == nil:
-		t.progress()
-		t.begun = time.Now() // however long the listing is
-	case c.b.ended(t) == nil:
+		budget.progress()
+		budget.begun = time.Now() // however long the listing is
+	case c.b.ended(budget) == nil:
 		err = fmt.Errorf("%w: %w", errStartOver, err)
 	}
 	return msg, err
 }
 
 // existing yields the records of a listing that exist.
-func (b *bucket) existing(t *retryBudget, l *listing) iter.Seq[*listed] {
+func (b *bucket) existing(budget *retryBudget, l *listing) iter.Seq[*listed] {
 	return func(yield func(*listed) bool) {
 		for i := range l.all {
-			if r := &l.all[i]; !r.deleted && !b.expired(t, r.deadline) && !yield(r) {
+			if r := &l.all[i]; !r.deleted && !b.expired(budget, r.deadline) && !yield(r) {
 				return
 			}
 		}
@@ -327,22 +327,22 @@ func (b *bucket) existing(t *retryBudget, l *listing) iter.Seq[*listed] {
 }
 
 // keys returns the keys that exist and match the pattern, sorted.
-func (b *bucket) keys(t *retryBudget, p pattern) ([]string, error) {
-	l, err := b.list(t, p, false)
+func (b *bucket) keys(budget *retryBudget, p pattern) ([]string, error) {
+	l, err := b.list(budget, p, false)
 	if err != nil {
 		return nil, err
 	}
 	keys := make([]string, 0, len(l.all))
-	for r := range b.existing(t, &l) {
+	for r := range b.existing(budget, &l) {
 		keys = append(keys, r.key)
 	}
 	return keys, nil
 }
 
 // entries returns the entries that exist and match the pattern, sorted by key.
-func (l *listing) entries(b *bucket, t *retryBudget) []*KeyValue {
+func (l *listing) entries(b *bucket, budget *retryBudget) []*KeyValue {
 	entries := make([]*KeyValue, 0, len(l.all))
-	for r := range b.existing(t, l) {
+	for r := range b.existing(budget, l) {
 		entries = append(entries, r.event(r.key, r.deadline))
 	}
 	return entries

@@ -49,7 +49,7 @@ func newNATSLocks(conn connection, data *bucket, owner string) *natsLocks {
 
 // open returns the bucket, which the first Lock creates with the replicas of the
 // data's. It is always on disk.
-func (l *natsLocks) open(t *retryBudget) (*bucket, error) {
+func (l *natsLocks) open(budget *retryBudget) (*bucket, error) {
 	if b := l.opened(); b != nil {
 		s := b.settings.Load()
 		if time.Since(s.checked) > lockSettingsLife {
@@ -58,19 +58,19 @@ func (l *natsLocks) open(t *retryBudget) (*bucket, error) {
 		return b, l.inBucket(b, b.validate(&s.streamConfig))
 	}
 	b := l.newBucket()
-	if err := b.open(t); err != nil {
+	if err := b.open(budget); err != nil {
 		return nil, l.inBucket(b, err)
 	}
 	return l.keep(b), nil
 }
 
 // bind is open for a bucket that need not exist.
-func (l *natsLocks) bind(t *retryBudget) (*bucket, error) {
+func (l *natsLocks) bind(budget *retryBudget) (*bucket, error) {
 	if b := l.opened(); b != nil {
 		return b, nil
 	}
 	b := l.newBucket()
-	info, err := b.info(t)
+	info, err := b.info(budget)
 	if err == nil {
 		err = l.inBucket(b, b.validate(&info.config))
 	}
@@ -129,13 +129,13 @@ type natsLessor struct {
 // lock acquires a lock that is free. If it is not, the record of its holder
 // says until when.
 func (s *natsLocks) lock(ctx context.Context, key string, ttl time.Duration) (l *lease, holder record, err error) {
-	t := newBudget(ctx)
+	budget := newBudget(ctx)
 	for again := false; ; again = true {
-		b, err := s.open(t)
+		b, err := s.open(budget)
 		if err != nil {
 			return nil, record{}, err
 		}
-		l, holder, err = s.acquire(ctx, t, b, key, ttl)
+		l, holder, err = s.acquire(ctx, budget, b, key, ttl)
 		if !errors.Is(err, jetstream.ErrBucketNotFound) || again {
 			return l, holder, err
 		}
@@ -143,7 +143,7 @@ func (s *natsLocks) lock(ctx context.Context, key string, ttl time.Duration) (l 
 	}
 }
 
-func (s *natsLocks) acquire(ctx context.Context, t *retryBudget, b *bucket, key string, ttl time.Duration) (*lease, record, error) {
+func (s *natsLocks) acquire(ctx context.Context, budget *retryBudget, b *bucket, key string, ttl time.Duration) (*lease, record, error) {
 	// A release is worth remembering; whether a lease has lapsed, only the
 	// server knows.
 	base := b.known(key)
@@ -153,21 +153,21 @@ func (s *natsLocks) acquire(ctx context.Context, t *retryBudget, b *bucket, key 
 	owner := rand.Text()
 	m := mutation{key: key, op: owner + ".0", value: s.leaseData(ttl, 0), ttl: ttl}
 	for {
-		t.sent = time.Time{}
-		r, err := b.commit(t, m, base, ifUnchanged)
+		budget.sent = time.Time{}
+		r, err := b.commit(budget, m, base, ifUnchanged)
 		if err == nil {
-			l := newLease(ctx, natsLessor{s, b}, key, ttl, t.sent, r.revision)
+			l := newLease(ctx, natsLessor{s, b}, key, ttl, budget.sent, r.revision)
 			l.owner = owner
 			return l, record{}, nil
 		}
 		if err != errMoved {
 			return nil, record{}, err
 		}
-		if base, err = b.leaderLast(t, key); err != nil {
+		if base, err = b.leaderLast(budget, key); err != nil {
 			return nil, record{}, err
 		}
 		b.cache.learn(key, base)
-		if b.exists(t, &base) || t.left() <= minAttempt {
+		if b.exists(budget, &base) || budget.left() <= minAttempt {
 			return nil, base, ErrLockHeld
 		}
 	}
@@ -199,16 +199,16 @@ func (r *record) lockInfo(key string) *LockInfo {
 
 // holder returns the record of a lock that is held, or ErrNotFound. Where there
 // is no bucket, nothing was ever locked.
-func (s *natsLocks) holder(t *retryBudget, key string) (record, error) {
-	b, err := s.bind(t)
+func (s *natsLocks) holder(budget *retryBudget, key string) (record, error) {
+	b, err := s.bind(budget)
 	if err != nil {
 		return record{}, notFoundIfGone(err)
 	}
-	r, err := b.leaderLast(t, key)
+	r, err := b.leaderLast(budget, key)
 	if err != nil {
 		return record{}, notFoundIfGone(err)
 	}
-	if !b.exists(t, &r) {
+	if !b.exists(budget, &r) {
 		if r.deleted {
 			b.cache.learn(key, r) // for who acquires it now
 		}
@@ -227,7 +227,7 @@ func notFoundIfGone(err error) error {
 // write writes the next record of a lease on top of its last one. While it is
 // not sure which that is, it reads it first. It returns errMoved if the last
 // record is not the lease's.
-func (n natsLessor) write(t *retryBudget, l *lease, m mutation) (record, error) {
+func (n natsLessor) write(budget *retryBudget, l *lease, m mutation) (record, error) {
 	l.writes++
 	m.key, m.op = l.key, fmt.Sprintf("%s.%d", l.owner, l.writes)
 	base := record{
@@ -236,7 +236,7 @@ func (n natsLessor) write(t *retryBudget, l *lease, m mutation) (record, error) 
 	}
 	if l.inDoubt {
 		var err error
-		if base, err = n.b.leaderLast(t, l.key); err != nil {
+		if base, err = n.b.leaderLast(budget, l.key); err != nil {
 			return record{}, err
 		}
 		if holderOf(base.op) != l.owner {
@@ -246,7 +246,7 @@ func (n natsLessor) write(t *retryBudget, l *lease, m mutation) (record, error) 
 			return base, nil // an earlier attempt of Unlock did it
 		}
 	}
-	return n.b.commit(t, m, base, ifUnchanged)
+	return n.b.commit(budget, m, base, ifUnchanged)
 }
 
 func (n natsLessor) extend(ctx context.Context, l *lease) error {
