@@ -243,6 +243,9 @@ func (w *lockWaits) waiting(key string) bool {
 // TestWaitAfterAnOutage: a waiter that an outage has kept waiting for an answer has
 // the lock soon after the lease's end all the same.
 func TestWaitAfterAnOutage(t *testing.T) {
+	if testing.Short() {
+		t.Skip("an outage, and a lease that lapses")
+	}
 	t.Parallel()
 	const outage, ttl = 3 * time.Second, 6 * time.Second
 	srv := startRestartable(t)
