@@ -44,49 +44,52 @@ func newNATSLocks(conn connection, data *bucket, owner string) *natsLocks {
 	if owner == "" {
 		owner = processName()
 	}
-	return &natsLocks{conn: conn, data: data, owner: owner, missesReleases: conn.nc.Opts.NoEcho || conn.domain != "" || conn.apiPrefix != ""}
+	return &natsLocks{
+		conn: conn, data: data, owner: owner,
+		missesReleases: conn.nc.Opts.NoEcho || conn.domain != "" || conn.apiPrefix != "",
+	}
 }
 
 // open returns the bucket, which the first Lock creates with the replicas of the
 // data's. It is always on disk.
-func (l *natsLocks) open(budget *retryBudget) (*bucket, error) {
-	if b := l.opened(); b != nil {
-		s := b.settings.Load()
-		if time.Since(s.checked) > lockSettingsLife {
+func (s *natsLocks) open(budget *retryBudget) (*bucket, error) {
+	if b := s.opened(); b != nil {
+		known := b.settings.Load()
+		if time.Since(known.checked) > lockSettingsLife {
 			b.check()
 		}
-		return b, l.inBucket(b, b.validate(&s.streamConfig))
+		return b, s.inBucket(b, b.validate(&known.streamConfig))
 	}
-	b := l.newBucket()
+	b := s.newBucket()
 	if err := b.open(budget); err != nil {
-		return nil, l.inBucket(b, err)
+		return nil, s.inBucket(b, err)
 	}
-	return l.keep(b), nil
+	return s.keep(b), nil
 }
 
 // bind is open for a bucket that need not exist.
-func (l *natsLocks) bind(budget *retryBudget) (*bucket, error) {
-	if b := l.opened(); b != nil {
+func (s *natsLocks) bind(budget *retryBudget) (*bucket, error) {
+	if b := s.opened(); b != nil {
 		return b, nil
 	}
-	b := l.newBucket()
+	b := s.newBucket()
 	info, err := b.info(budget)
 	if err == nil {
-		err = l.inBucket(b, b.validate(&info.config))
+		err = s.inBucket(b, b.validate(&info.config))
 	}
 	if err != nil {
 		return nil, err
 	}
-	return l.keep(b), nil
+	return s.keep(b), nil
 }
 
-func (l *natsLocks) newBucket() *bucket {
-	return newBucket(l.data.requester, l.data.name+locksSuffix, bucketWant{
-		replicas: l.data.settings.Load().Replicas, locks: true,
+func (s *natsLocks) newBucket() *bucket {
+	return newBucket(s.data.requester, s.data.name+locksSuffix, bucketWant{
+		replicas: s.data.settings.Load().Replicas, locks: true,
 	})
 }
 
-func (l *natsLocks) inBucket(b *bucket, err error) error {
+func (s *natsLocks) inBucket(b *bucket, err error) error {
 	if err == nil {
 		return nil
 	}
@@ -95,28 +98,28 @@ func (l *natsLocks) inBucket(b *bucket, err error) error {
 
 // keep returns the bucket that is used from now on: b, unless another goroutine
 // was faster.
-func (l *natsLocks) keep(b *bucket) *bucket {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.bucket == nil {
-		l.bucket = b
+func (s *natsLocks) keep(b *bucket) *bucket {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.bucket == nil {
+		s.bucket = b
 	}
-	return l.bucket
+	return s.bucket
 }
 
 // opened returns the bucket if there has been a Lock, else nil.
-func (l *natsLocks) opened() *bucket {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.bucket
+func (s *natsLocks) opened() *bucket {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.bucket
 }
 
 // forget makes the next Lock open the bucket again.
-func (l *natsLocks) forget(b *bucket) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.bucket == b {
-		l.bucket = nil
+func (s *natsLocks) forget(b *bucket) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.bucket == b {
+		s.bucket = nil
 	}
 }
 
