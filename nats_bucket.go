@@ -381,6 +381,8 @@ func validateForLocks(c *streamConfig) error {
 		reason = "its delete markers can remove newer records"
 	case c.Discard == "old" && (c.MaxMsgs > 0 || c.MaxBytes > 0):
 		reason = "it discards old records when it is full"
+	case c.PerKey != 1 && !c.rollup():
+		reason = "it keeps a history and denies purges, so an older lease could come back"
 	case c.Retention != "" && c.Retention != "limits":
 		reason = fmt.Sprintf("its retention is %q", c.Retention)
 	case c.Sealed:

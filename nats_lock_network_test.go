@@ -387,9 +387,12 @@ func TestBucketsThatCannotHoldLocks(t *testing.T) {
 		change func(*jetstream.StreamConfig)
 		says   string
 	}{
-		"max-age":      {func(cfg *jetstream.StreamConfig) { cfg.MaxAge, cfg.Duplicates = 2*time.Second, 2*time.Second }, "(?i)max.?age|ttl"},
-		"memory":       {func(cfg *jetstream.StreamConfig) { cfg.Storage = jetstream.MemoryStorage }, "(?i)memory|storage"},
-		"markers":      {func(cfg *jetstream.StreamConfig) { cfg.SubjectDeleteMarkerTTL = time.Second }, "(?i)marker"},
+		"max-age": {func(cfg *jetstream.StreamConfig) { cfg.MaxAge, cfg.Duplicates = 2*time.Second, 2*time.Second }, "(?i)max.?age|ttl"},
+		"memory":  {func(cfg *jetstream.StreamConfig) { cfg.Storage = jetstream.MemoryStorage }, "(?i)memory|storage"},
+		"markers": {func(cfg *jetstream.StreamConfig) { cfg.SubjectDeleteMarkerTTL = time.Second }, "(?i)marker"},
+		"history": {func(cfg *jetstream.StreamConfig) {
+			cfg.MaxMsgsPerSubject, cfg.AllowRollup, cfg.DenyPurge = 5, false, true
+		}, "history"},
 		"drops-oldest": {func(cfg *jetstream.StreamConfig) { cfg.Discard, cfg.MaxBytes = jetstream.DiscardOld, 4096 }, "(?i)discard|max.?bytes"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -405,6 +408,12 @@ func TestBucketsThatCannotHoldLocks(t *testing.T) {
 			_, err = s.Lock("l", time.Minute)
 			require.Error(t, err)
 			assert.ErrorContains(t, err, name+"-locks")
+			assert.Regexp(t, c.says, err.Error())
+			// A store that first waits for the lock finds out as well.
+			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+			defer cancel()
+			_, err = Acquire(ctx, openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: name}), "l", time.Minute)
+			require.Error(t, err)
 			assert.Regexp(t, c.says, err.Error())
 			require.NoError(t, s.Put("k", nil, 0), "the data can be written all the same")
 		})
