@@ -254,9 +254,9 @@ func (q *lockQueue) wake(found *foundLock) time.Time {
 	switch {
 	case heard.released && heard.at.After(found.asked):
 		wake = heard.at
-	case heard.released && holderOf(heard.op) == found.owner:
-		// The question has overtaken the release, which the leader still had to
-		// store.
+	case heard.released && (heard.op == "" || holderOf(heard.op) == found.owner):
+		// The request has overtaken the holder's release, or that by an operator:
+		// the leader had not stored it yet.
 		pause := max(releasePause, found.answered.Sub(heard.at))
 		if !chosen {
 			pause *= unchosenFactor
