@@ -61,6 +61,7 @@ func NewCache(ctx context.Context, store Store, pattern string) (*Cache, error) 
 	c.reached = progress{src.asOf, src.begun}
 	go func() {
 		defer close(c.done)
+		defer c.end()
 		f.run(ctx, src)
 	}()
 	return c, nil

@@ -18,7 +18,7 @@ var (
 	ErrClosed = errors.New("store closed")
 
 	// ErrLockHeld is returned by Lock while somebody holds the lock, and by
-	// [WithLock] if somebody still held it when its context ended.
+	// [Acquire] and [WithLock] if somebody still held it when their context ended.
 	ErrLockHeld = errors.New("lock already held")
 
 	// ErrLockNotHeld is returned by Unlock when this holder no longer holds the
@@ -28,7 +28,8 @@ var (
 
 	// ErrLockExpired is returned by Refresh once the lease has lapsed, whether
 	// or not somebody else holds the lock by now; by Lock if it lapsed before
-	// the answer was here; and by [WithLock] if the lease was lost while its
+	// the answer was here, and by [Acquire] if that happened again and again. The
+	// error of [Hold] and [WithLock] wraps it if the lease was lost while their
 	// function ran.
 	ErrLockExpired = errors.New("lock expired")
 
@@ -36,8 +37,8 @@ var (
 	// [ValidateKey] or the rules for patterns refuse.
 	ErrInvalidKey = errors.New("invalid key")
 
-	// ErrInvalidTTL is returned for a negative TTL. Lock, Hold and KeepAlive return it
-	// for a zero one, too.
+	// ErrInvalidTTL is returned for a negative TTL. For a lock, and by KeepAlive, it
+	// is returned for a zero one, too.
 	ErrInvalidTTL = errors.New("invalid TTL")
 
 	// ErrWatchClosed is returned by Watch when what would end a running watch

@@ -357,12 +357,12 @@ func (s *NATSStore) Entries(pattern string) ([]*KeyValue, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := newBudget(ctx)
-	l, err := s.data.list(t, p, true)
+	budget := newBudget(ctx)
+	l, err := s.data.list(budget, p, true)
 	if err != nil {
 		return nil, opError("entries", pattern, err)
 	}
-	return l.entries(s.data, t), nil
+	return l.entries(s.data, budget), nil
 }
 
 func (s *NATSStore) beginPattern(verb, text string) (context.Context, pattern, error) {
@@ -420,8 +420,8 @@ func (s *NATSStore) follow(ctx context.Context, p pattern) (*source, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := newBudget(ctx)
-	l, err := s.data.list(t, p, true)
+	budget := newBudget(ctx)
+	l, err := s.data.list(budget, p, true)
 	f.firstListing(l, err)
 	if err != nil {
 		s.feeds.leave(f, w)
@@ -429,7 +429,7 @@ func (s *NATSStore) follow(ctx context.Context, p pattern) (*source, error) {
 	}
 	s.data.stats.watches.Add(1)
 	return &source{
-		current: l.entries(s.data, t),
+		current: l.entries(s.data, budget),
 		sub:     w.subscription,
 		ask:     f.askProgress,
 		stop: func() {

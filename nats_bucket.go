@@ -152,22 +152,22 @@ func (b *bucket) maxValue() int {
 
 // info asks the leader for the stream's state, and notes what it says of its
 // clock and of the bucket's settings.
-func (b *bucket) info(t *retryBudget) (*streamInfo, error) {
-	return b.infoBy(t, "STREAM.INFO", nil)
+func (b *bucket) info(budget *retryBudget) (*streamInfo, error) {
+	return b.infoBy(budget, "STREAM.INFO", nil)
 }
 
 // infoBy makes a request that is answered by a stream info.
-func (b *bucket) infoBy(t *retryBudget, verb string, req any) (*streamInfo, error) {
+func (b *bucket) infoBy(budget *retryBudget, verb string, req any) (*streamInfo, error) {
 	for {
 		var info streamInfo
 		asked := time.Now()
 		e, _ := b.current()
-		if err := b.streamCall(t, verb, b.stream, req, &info); err != nil {
+		if err := b.streamCall(budget, verb, b.stream, req, &info); err != nil {
 			return nil, err
 		}
 		if info.Cluster != nil && info.Cluster.Leader == "" {
 			// Without a leader every member answers, for itself.
-			if !t.wait(b.life) {
+			if !b.wait(budget) {
 				return nil, fmt.Errorf("stream %s has no leader", b.stream)
 			}
 			continue
@@ -210,9 +210,9 @@ func (b *bucket) noteInfo(info *streamInfo, asked time.Time, e *epoch) error {
 
 // streamCall is call about the bucket's stream. A stream that is gone is
 // jetstream.ErrBucketNotFound.
-func (b *bucket) streamCall(t *retryBudget, verb, object string, req, answer any) error {
+func (b *bucket) streamCall(budget *retryBudget, verb, object string, req, answer any) error {
 	for asked := time.Now(); ; {
-		err := b.call(t, verb, object, req, answer)
+		err := b.call(budget, verb, object, req, answer)
 		if apiCode(err) != codeNoStream {
 			return err
 		}
@@ -221,7 +221,7 @@ func (b *bucket) streamCall(t *retryBudget, verb, object string, req, answer any
 		if s := b.settings.Load(); s == nil || !b.elections() || time.Since(asked) > goneAfter {
 			return err
 		}
-		if err = b.waitAfter(t, err); err != nil {
+		if err = b.waitAfter(budget, err); err != nil {
 			return err
 		}
 	}
@@ -241,10 +241,10 @@ func (b *bucket) check() {
 
 // refresh looks at the settings after something has contradicted what was
 // believed of them, and makes the bucket fit again.
-func (b *bucket) refresh(t *retryBudget) error {
-	info, err := b.info(t)
+func (b *bucket) refresh(budget *retryBudget) error {
+	info, err := b.info(budget)
 	if err == nil {
-		err = b.prepare(t, info)
+		err = b.prepare(budget, info)
 	}
 	return err
 }
@@ -252,27 +252,27 @@ func (b *bucket) refresh(t *retryBudget) error {
 var errNoTTL = errors.New("the server has no message TTLs: nats-server 2.11 or later is needed")
 
 // open binds to the bucket, or creates it.
-func (b *bucket) open(t *retryBudget) error {
+func (b *bucket) open(budget *retryBudget) error {
 	if lacksMessageTTL(b.nc.ConnectedServerVersion()) {
 		return errNoTTL
 	}
-	info, err := b.info(t)
+	info, err := b.info(budget)
 	if errors.Is(err, jetstream.ErrBucketNotFound) {
-		info, err = b.create(t)
+		info, err = b.create(budget)
 	}
 	if err != nil {
 		return openError(err)
 	}
-	return b.prepare(t, info)
+	return b.prepare(budget, info)
 }
 
 // prepare makes sure that a stream can serve as the bucket, and changes of it what
 // must be otherwise.
-func (b *bucket) prepare(t *retryBudget, info *streamInfo) error {
+func (b *bucket) prepare(budget *retryBudget, info *streamInfo) error {
 	if err := b.validate(&info.config); err != nil {
 		return err
 	}
-	info, err := b.updateStream(t, info)
+	info, err := b.updateStream(budget, info)
 	if err != nil {
 		return openError(err)
 	}
@@ -307,7 +307,7 @@ func openError(err error) error {
 
 // create makes the bucket as an ordinary KV bucket, but with message TTLs and
 // without delete markers: these can lose writes, see [NATSStore].
-func (b *bucket) create(t *retryBudget) (*streamInfo, error) {
+func (b *bucket) create(budget *retryBudget) (*streamInfo, error) {
 	maxValue := b.want.maxValue
 	if maxValue == 0 {
 		maxValue = defaultMaxValue
@@ -335,18 +335,18 @@ func (b *bucket) create(t *retryBudget) (*streamInfo, error) {
 		// grows faster: a bucket does not take a million writes per second.
 		config.FirstSeq = uint64(time.Now().UnixMicro())
 	}
-	info, err := b.infoBy(t, "STREAM.CREATE", config)
+	info, err := b.infoBy(budget, "STREAM.CREATE", config)
 	if apiCode(err) == codeMaxConsumers {
 		config.MaxConsumers = -1 // the account has a limit
-		info, err = b.infoBy(t, "STREAM.CREATE", config)
+		info, err = b.infoBy(budget, "STREAM.CREATE", config)
 	}
-	for apiCode(err) == codeNotCreated && t.wait(b.life) {
+	for apiCode(err) == codeNotCreated && b.wait(budget) {
 		// A server of the cluster was not ready, or a server is still removing the
 		// directories of a stream that was the account's last.
-		info, err = b.infoBy(t, "STREAM.CREATE", config)
+		info, err = b.infoBy(budget, "STREAM.CREATE", config)
 	}
-	for apiCode(err) == codeNameInUse || apiCode(err) == codeNoStream && t.wait(b.life) {
-		info, err = b.info(t) // somebody was faster
+	for apiCode(err) == codeNameInUse || apiCode(err) == codeNoStream && b.wait(budget) {
+		info, err = b.info(budget) // somebody was faster
 	}
 	return info, err
 }
@@ -381,6 +381,8 @@ func validateForLocks(c *streamConfig) error {
 		reason = "its delete markers can remove newer records"
 	case c.Discard == "old" && (c.MaxMsgs > 0 || c.MaxBytes > 0):
 		reason = "it discards old records when it is full"
+	case c.PerKey != 1 && !c.rollup():
+		reason = "it keeps a history and denies purges, so an older lease could come back"
 	case c.Retention != "" && c.Retention != "limits":
 		reason = fmt.Sprintf("its retention is %q", c.Retention)
 	case c.Sealed:
@@ -404,7 +406,7 @@ func present(field json.RawMessage) bool {
 // updateStream raises what the caller set higher than an existing bucket has it, and
 // switches message TTLs on. It lowers nothing, and leaves all else as it is,
 // also what this version of the client does not know of.
-func (b *bucket) updateStream(t *retryBudget, info *streamInfo) (*streamInfo, error) {
+func (b *bucket) updateStream(budget *retryBudget, info *streamInfo) (*streamInfo, error) {
 	changes := map[string]any{}
 	if !info.config.AllowTTL {
 		changes["allow_msg_ttl"] = true
@@ -425,18 +427,18 @@ func (b *bucket) updateStream(t *retryBudget, info *streamInfo) (*streamInfo, er
 	for field, value := range changes {
 		config[field], _ = json.Marshal(value)
 	}
-	return b.infoBy(t, "STREAM.UPDATE", config)
+	return b.infoBy(budget, "STREAM.UPDATE", config)
 }
 
 // exists reports whether a record is that of a key that exists now.
-func (b *bucket) exists(t *retryBudget, r *record) bool {
-	return r.revision != 0 && !r.deleted && !b.expired(t, r.deadline)
+func (b *bucket) exists(budget *retryBudget, r *record) bool {
+	return r.revision != 0 && !r.deleted && !b.expired(budget, r.deadline)
 }
 
 // expired reports whether a deadline has passed by the server's clock, of which
 // a lower bound is known. Where that does not decide it, is close to the
 // deadline or might be wrong, the server is asked first.
-func (b *bucket) expired(t *retryBudget, deadline timestamp) bool {
+func (b *bucket) expired(budget *retryBudget, deadline timestamp) bool {
 	if deadline == 0 {
 		return false
 	}
@@ -445,7 +447,7 @@ func (b *bucket) expired(t *retryBudget, deadline timestamp) bool {
 	maybe, surely := deadline.passed(now+uncertainty), deadline.passed(now-decisionMargin)
 	open := !surely && (age > freshSample || !deadline.passed(now))
 	if maybe && (age >= sampleLife || open) {
-		if info, err := b.info(t); err == nil {
+		if info, err := b.info(budget); err == nil {
 			now = timestamp(info.Now.UnixNano())
 		}
 	}

@@ -70,7 +70,7 @@ type consumption struct {
 // consume makes a consumer. It costs one request.
 //
 // The answer comes on the consumer's own subscription, which shows that it works.
-func (b *bucket) consume(t *retryBudget, want consumption) (*consumer, error) {
+func (b *bucket) consume(budget *retryBudget, want consumption) (*consumer, error) {
 	c := &consumer{b: b, name: rand.Text(), batch: want.batch, mail: make(chan *nats.Msg, want.batch+statusRoom)}
 	cfg := consumerConfig{
 		Name: c.name, Deliver: "all", Ack: "none", Replay: "instant", Filter: want.filter,
@@ -82,17 +82,17 @@ func (b *bucket) consume(t *retryBudget, want consumption) (*consumer, error) {
 	case b.settings.Load().PerKey != 1:
 		cfg.Deliver = "last_per_subject"
 	}
-	e, err := b.connected(t)
+	e, err := b.connected(budget)
 	if err != nil {
 		return nil, err
 	}
 	if c.sub, err = b.nc.ChanSubscribe(b.nc.NewInbox(), c.mail); err != nil {
 		return nil, err
 	}
-	err = c.create(t, e, cfg)
+	err = c.create(budget, e, cfg)
 	if apiCode(err) == codeInactiveLimit {
 		cfg.Inactive = 0 // the stream has a limit, and that is its default
-		err = c.create(t, e, cfg)
+		err = c.create(budget, e, cfg)
 	}
 	if err != nil {
 		c.stop()
@@ -104,7 +104,7 @@ func (b *bucket) consume(t *retryBudget, want consumption) (*consumer, error) {
 }
 
 // create makes the request until it is answered. The request is idempotent.
-func (c *consumer) create(t *retryBudget, e *epoch, cfg consumerConfig) error {
+func (c *consumer) create(budget *retryBudget, e *epoch, cfg consumerConfig) error {
 	data, err := json.Marshal(struct {
 		Stream string         `json:"stream_name"`
 		Config consumerConfig `json:"config"`
@@ -114,35 +114,35 @@ func (c *consumer) create(t *retryBudget, e *epoch, cfg consumerConfig) error {
 	}
 	subject := c.b.api + "CONSUMER.CREATE." + c.b.stream + "." + c.name + "." + cfg.Filter
 	for {
-		answer, err := c.ask(t, e, subject, data)
+		answer, err := c.ask(budget, e, subject, data)
 		if err != nil {
 			return err
 		}
 		if noResponders(answer) {
 			err = nats.ErrNoResponders
 		} else if err = decodeAnswer(answer.Data, &c.info); err == nil {
-			t.progress()
+			budget.progress()
 			return nil
 		}
 		if !passing(err) {
 			return err
 		}
-		if err := c.b.waitAfter(t, err); err != nil {
+		if err := c.b.waitAfter(budget, err); err != nil {
 			return err
 		}
-		c.b.retrying(t, subject)
+		c.b.retrying(budget, subject)
 	}
 }
 
 // ask makes a request that is answered on the consumer's own subscription.
-func (c *consumer) ask(t *retryBudget, e *epoch, subject string, data []byte) (*nats.Msg, error) {
+func (c *consumer) ask(budget *retryBudget, e *epoch, subject string, data []byte) (*nats.Msg, error) {
 	msg := &nats.Msg{Subject: subject, Reply: c.sub.Subject, Data: data}
 	if err := c.b.publish(msg); err != nil {
 		return nil, err
 	}
 	timer := time.NewTimer(checkInterval)
 	defer timer.Stop()
-	w := newWaiter(c.b.requester, t, e, msg, repeatable, timer)
+	w := newWaiter(c.b.requester, budget, e, msg, repeatable, timer)
 	w.unique = true // the consumer's name is in it
 	for {
 		answer, err := await(&w, c.mail)

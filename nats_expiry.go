@@ -108,19 +108,22 @@ func (f *feed) list() {
 	if f.listed {
 		f.touched = make(map[string]uint64)
 	}
-	source := f.source
 	f.b.start(func() {
 		l, err := f.b.list(newBudget(f.ctx), f.pattern, false)
-		f.post(func() {
-			f.listing = false
-			switch {
-			case err == nil:
-				f.merge(l)
-			case f.source == source && source != nil:
-				f.later(time.Second, f.list)
-			}
-		})
+		f.post(func() { f.endListing(l, err) })
 	})
+}
+
+// endListing takes over a listing, or makes another one if it has failed. A feed
+// that is cut off will make one when it is back.
+func (f *feed) endListing(l listing, err error) {
+	f.listing = false
+	switch {
+	case err == nil:
+		f.merge(l)
+	case f.source != nil:
+		f.later(time.Second, f.list)
+	}
 }
 
 // firstListing gives a feed the listing that it expects of a Follow. If that has
@@ -208,8 +211,8 @@ func (f *feed) expire() {
 	f.asking = true
 	f.b.start(func() {
 		// The server's clock may have been set back, or another server leads now.
-		t := newBudget(f.ctx)
-		info, err := f.b.info(t)
+		budget := newBudget(f.ctx)
+		info, err := f.b.info(budget)
 		f.post(func() {
 			if err != nil {
 				f.asking = false

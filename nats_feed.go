@@ -248,20 +248,20 @@ func (f *feed) attach() {
 // connect makes the consumer, also if the connection is lost meanwhile. It owns
 // nothing of the feed.
 func (f *feed) connect(first bool, cursor uint64, created time.Time, lastContactAt timestamp, maxCut time.Duration) (a newSource, err error) {
-	t := newBudget(f.ctx)
+	budget := newBudget(f.ctx)
 	for {
-		if a, err = f.tryToConnect(t, first, cursor, created, lastContactAt, maxCut); err == nil || !passing(err) || !t.wait(f.b.life) {
+		if a, err = f.tryToConnect(budget, first, cursor, created, lastContactAt, maxCut); err == nil || !passing(err) || !f.b.wait(budget) {
 			return a, err
 		}
-		f.b.retrying(t, f.b.filter(f.pattern))
+		f.b.retrying(budget, f.b.filter(f.pattern))
 	}
 }
 
-func (f *feed) tryToConnect(t *retryBudget, first bool, cursor uint64, created time.Time, lastContactAt timestamp, maxCut time.Duration) (a newSource, err error) {
-	if a.epoch, err = f.b.connected(t); err != nil {
+func (f *feed) tryToConnect(budget *retryBudget, first bool, cursor uint64, created time.Time, lastContactAt timestamp, maxCut time.Duration) (a newSource, err error) {
+	if a.epoch, err = f.b.connected(budget); err != nil {
 		return a, err
 	}
-	if a.info, err = f.b.info(t); err != nil {
+	if a.info, err = f.b.info(budget); err != nil {
 		return a, err
 	}
 	if maxAge := a.info.config.MaxAge; maxAge > 0 {
@@ -275,7 +275,7 @@ func (f *feed) tryToConnect(t *retryBudget, first bool, cursor uint64, created t
 	case timestamp(a.info.Now.UnixNano())-lastContactAt > timestamp(maxCut):
 		return a, errCutTooLong
 	}
-	a.source, err = f.b.consume(t, consumption{filter: f.b.filter(f.pattern), from: cursor + 1, batch: watchBatch, life: watchLife})
+	a.source, err = f.b.consume(budget, consumption{filter: f.b.filter(f.pattern), from: cursor + 1, batch: watchBatch, life: watchLife})
 	return a, err
 }
 
@@ -552,12 +552,12 @@ func (f *feed) askProgress() {
 // deliver of all that the leader had when asked: a message that was replaced
 // before it could be delivered has been followed by what replaced it.
 func (f *feed) measureProgress(source *consumer) (at target, err error) {
-	asked, t := time.Now(), newBudget(f.ctx)
-	info, err := f.b.info(t)
+	asked, budget := time.Now(), newBudget(f.ctx)
+	info, err := f.b.info(budget)
 	if err != nil {
 		return at, err
 	}
-	msg, err := f.b.leaderMsg(t, f.b.filter(f.pattern))
+	msg, err := f.b.leaderMsg(budget, f.b.filter(f.pattern))
 	if err != nil {
 		return at, err
 	}
@@ -567,14 +567,14 @@ func (f *feed) measureProgress(source *consumer) (at target, err error) {
 	}
 	for {
 		var state consumerInfo
-		if err := f.b.call(t, "CONSUMER.INFO", f.b.stream+"."+source.name, nil, &state); err != nil {
+		if err := f.b.call(budget, "CONSUMER.INFO", f.b.stream+"."+source.name, nil, &state); err != nil {
 			return at, err
 		}
 		if state.Pending == 0 && state.Delivered.Seq >= last {
 			return target{source, state.Delivered.Count, progress{info.State.LastSeq, asked}}, nil
 		}
 		// It has more to deliver, or is on a replica that lags.
-		if !t.wait(f.b.life) || time.Since(asked) > opTimeout {
+		if !f.b.wait(budget) || time.Since(asked) > opTimeout {
 			return at, errNoAnswer
 		}
 	}

@@ -58,9 +58,9 @@ func (l *listing) has(key string) bool {
 // list reads all records of keys that match the pattern, with their values or
 // without. The consumer may be on a server that fails meanwhile; then it starts
 // over. It costs four requests, and more for each 16,384 keys or 4 MiB.
-func (b *bucket) list(t *retryBudget, p pattern, values bool) (listing, error) {
+func (b *bucket) list(budget *retryBudget, p pattern, values bool) (listing, error) {
 	if !p.wild {
-		r, err := b.leaderLast(t, p.prefix)
+		r, err := b.leaderLast(budget, p.prefix)
 		l := listing{now: b.clock.now()}
 		if err == nil && r.revision != 0 {
 			l.all = []listed{{p.prefix, r}}
@@ -68,25 +68,25 @@ func (b *bucket) list(t *retryBudget, p pattern, values bool) (listing, error) {
 		return l, err
 	}
 	for tries := 1; ; tries++ {
-		t.begun = time.Now() // however long one try takes
-		info, err := b.info(t)
+		budget.begun = time.Now() // however long one try takes
+		info, err := b.info(budget)
 		if err != nil {
 			return listing{}, err
 		}
 		l := listing{now: timestamp(info.Now.UnixNano())}
 		var ok bool
-		if l.all, ok = b.listFew(t, p, info); !ok {
-			t.begun = time.Now()
-			l.all, err = b.listOnce(t, p, info, values)
+		if l.all, ok = b.listFew(budget, p, info); !ok {
+			budget.begun = time.Now()
+			l.all, err = b.listOnce(budget, p, info, values)
 		}
 		if err == nil {
 			l.all = sortAndDedupe(l.all)
 			return l, nil
 		}
-		if !errors.Is(err, errStartOver) && !passing(err) || tries == 5 || !t.wait(b.life) {
+		if !errors.Is(err, errStartOver) && !passing(err) || tries == 5 || !b.wait(budget) {
 			return listing{}, err
 		}
-		b.retrying(t, b.filter(p))
+		b.retrying(budget, b.filter(p))
 	}
 }
 
@@ -112,7 +112,7 @@ func sortAndDedupe(all []listed) []listed {
 // keys match. A consumer, which reads on through the stream, costs less for each
 // key but something for every other one that it passes. It reports whether it
 // could: on one server, and if the answer is whole and the stream's own.
-func (b *bucket) listFew(t *retryBudget, p pattern, info *streamInfo) (all []listed, ok bool) {
+func (b *bucket) listFew(budget *retryBudget, p pattern, info *streamInfo) (all []listed, ok bool) {
 	most := int(min(max(info.State.Messages/32, 64), 1024)) // 1024 is the server's limit
 	if !b.direct() || p.prefix == "" {
 		return nil, false
@@ -125,7 +125,7 @@ func (b *bucket) listFew(t *retryBudget, p pattern, info *streamInfo) (all []lis
 	if err != nil {
 		return nil, false
 	}
-	answers, err := b.doMany(t, &nats.Msg{Subject: b.api + "DIRECT.GET." + b.stream, Data: req}, most+1, func(msg *nats.Msg) bool {
+	answers, err := b.doMany(budget, &nats.Msg{Subject: b.api + "DIRECT.GET." + b.stream, Data: req}, most+1, func(msg *nats.Msg) bool {
 		return statusOf(msg) != ""
 	})
 	if err != nil || len(answers) == 0 {
@@ -170,93 +170,41 @@ var errStartOver = errors.New("the listing was cut short")
 //
 // With replicas the consumer may be on one that lags. The list is complete when
 // it has come to the last message that the leader had before, or to a later one.
-func (b *bucket) listOnce(t *retryBudget, p pattern, info *streamInfo, values bool) (all []listed, err error) {
-	var (
-		filter = b.filter(p)
-		small  = info.State.Bytes <= smallMsg*info.State.Messages
-		upTo   uint64 // what must have come
-		last   uint64 // what has come
-		ends   int    // how often the end was seen in a row
-	)
+func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, values bool) ([]listed, error) {
+	filter, began := b.filter(p), time.Now()
+	l := &listRun{b: b, pattern: p, maxAge: info.config.MaxAge, values: values}
 	if info.config.Replicas > 1 {
-		msg, err := b.leaderMsg(t, filter)
+		msg, err := b.leaderMsg(budget, filter)
 		if err != nil || msg == nil {
 			return nil, err
 		}
-		upTo = msg.Seq
+		l.upTo = msg.Seq
 	}
-	headersOnly := !values && !small
-	began := time.Now()
-	e, _ := b.current()
-	batch := int(min(info.State.Messages+spareBatch, listBatch))
-	c, err := b.consume(t, consumption{filter: filter, headersOnly: headersOnly, batch: batch, life: listLife})
-	if err != nil {
+	small := info.State.Bytes <= smallMsg*info.State.Messages
+	l.headersOnly = !values && !small
+	l.batch = int(min(info.State.Messages+spareBatch, listBatch))
+	l.epoch, _ = b.current()
+	var err error
+	if l.source, err = b.consume(budget, consumption{filter: filter, headersOnly: l.headersOnly, batch: l.batch, life: listLife}); err != nil {
 		return nil, err
 	}
-	defer c.stop()
-	if c.info.Pending == 0 && upTo == 0 {
+	defer l.source.stop()
+	if l.source.info.Pending == 0 && l.upTo == 0 {
 		return nil, nil
 	}
-	all = make([]listed, 0, c.info.Pending)
-	timer := time.NewTimer(checkInterval)
-	defer timer.Stop()
+	l.all = make([]listed, 0, l.source.info.Pending)
+	l.timer = time.NewTimer(checkInterval)
+	defer l.timer.Stop()
 
-	for waits := 0; ; {
-		asked, err := c.pull(pullRequest{Batch: batch, NoWait: true, Expires: opTimeout, Heartbeat: listHeartbeat})
+	for ends := 0; ; { // how often the end was seen in a row
+		got, st, err := l.pull(budget)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %w", errStartOver, err)
-		}
-		got, st, pulled := 0, status{}, time.Now()
-		for got < asked && st.code == "" {
-			msg, err := c.next(t, e, timer)
-			if err != nil {
-				return nil, err
-			}
-			var d delivery
-			if d, st, err = c.accept(msg); err != nil {
-				return nil, fmt.Errorf("%w: %w", errStartOver, err)
-			}
-			switch {
-			case st.code == "0":
-				st.code = ""
-			case st.ended && st.unsent == 0 && got == 0:
-				st.code = "" // the request before this one has brought all of it
-			case st.code == "100" && got > 0:
-				st.code = "" // the next message takes its time
-			case st.code == "100" && last < upTo:
-				// The replica lags: the request waits on for what is missing.
-				if waits++; waits > 40 {
-					return nil, fmt.Errorf("%w: a replica lags", errStartOver)
-				}
-				st.code = ""
-			case st.code == "":
-				got, last = got+1, d.seq
-				if key, ok := b.key(p, msg.Subject); ok {
-					rec := decode(msg.Header, msg.Data, d.seq, d.written, info.config.MaxAge)
-					if headersOnly && !appended(msg, "Nats-Msg-Size") {
-						// With the header that the server adds it reads otherwise
-						// than as it was stored.
-						if rec, err = b.leaderRecord(t, key); err != nil {
-							return nil, err
-						}
-						if rec.revision == 0 {
-							continue
-						}
-					}
-					if !values {
-						rec.value = nil
-					}
-					all = append(all, listed{key, rec})
-				}
-			}
-		}
-		if st.code == "408" && got > 0 && time.Since(pulled) < opTimeout/2 {
-			st.code = "404" // what servers say that are older, long before the time is up
+			return nil, err
 		}
 		switch {
 		case st.code == "100", st.code == "404":
-			if ends++; last >= upTo && (ends > 1 || time.Since(began) < listLife-opTimeout) {
-				return all, nil
+			if ends++; l.last >= l.upTo && (ends > 1 || time.Since(began) < listLife-opTimeout) {
+				return l.all, nil
 			}
 			continue
 		case st.code == "" || st.code == "408" || st.code == "smaller" || st.ended:
@@ -270,31 +218,115 @@ func (b *bucket) listOnce(t *retryBudget, p pattern, info *streamInfo, values bo
 	}
 }
 
+// A listRun is one run through a stream for a listing.
+type listRun struct {
+	b           *bucket
+	pattern     pattern
+	maxAge      time.Duration
+	values      bool // of the records are wanted
+	headersOnly bool // is what the source delivers
+
+	source *consumer
+	batch  int
+	epoch  *epoch // in which it began
+	timer  *time.Timer
+
+	upTo uint64 // what must have come
+	last uint64 // what has come
+	lags int    // how often the source had nothing to send of what must come
+	all  []listed
+}
+
+// pull makes one request for messages, and takes over what it brings. It returns
+// how many those were, and the status that ended the request.
+func (l *listRun) pull(budget *retryBudget) (got int, st status, err error) {
+	began := time.Now()
+	asked, err := l.source.pull(pullRequest{Batch: l.batch, NoWait: true, Expires: opTimeout, Heartbeat: listHeartbeat})
+	if err != nil {
+		return 0, st, fmt.Errorf("%w: %w", errStartOver, err)
+	}
+	for got < asked && st.code == "" {
+		msg, err := l.source.next(budget, l.epoch, l.timer)
+		if err != nil {
+			return got, st, err
+		}
+		var d delivery
+		if d, st, err = l.source.accept(msg); err != nil {
+			return got, st, fmt.Errorf("%w: %w", errStartOver, err)
+		}
+		switch {
+		case st.code == "":
+			got, l.last = got+1, d.seq
+			if err := l.add(budget, msg, d); err != nil {
+				return got, st, err
+			}
+		case st.code == "0":
+			st.code = ""
+		case st.ended && st.unsent == 0 && got == 0:
+			st.code = "" // the request before this one has brought all of it
+		case st.code == "100" && got > 0:
+			st.code = "" // the next message takes its time
+		case st.code == "100" && l.last < l.upTo:
+			// The replica lags: the request waits on for what is missing.
+			if l.lags++; l.lags > 40 {
+				return got, st, fmt.Errorf("%w: a replica lags", errStartOver)
+			}
+			st.code = ""
+		}
+	}
+	if st.code == "408" && got > 0 && time.Since(began) < opTimeout/2 {
+		st.code = "404" // what servers say that are older, long before the time is up
+	}
+	return got, st, nil
+}
+
+// add adds the record of a message, if its key matches.
+func (l *listRun) add(budget *retryBudget, msg *nats.Msg, d delivery) error {
+	key, ok := l.b.key(l.pattern, msg.Subject)
+	if !ok {
+		return nil
+	}
+	rec := decode(msg.Header, msg.Data, d.seq, d.written, l.maxAge)
+	if l.headersOnly && !appended(msg, "Nats-Msg-Size") {
+		// With the header that the server adds it reads otherwise than as it was
+		// stored.
+		var err error
+		if rec, err = l.b.leaderRecord(budget, key); err != nil || rec.revision == 0 {
+			return err
+		}
+	}
+	if !l.values {
+		rec.value = nil
+	}
+	l.all = append(l.all, listed{key, rec})
+	return nil
+}
+
 // next returns the next message of a request, or a status. Its error wraps
 // errStartOver unless the caller or the store has ended the call.
-func (c *consumer) next(t *retryBudget, e *epoch, timer *time.Timer) (*nats.Msg, error) {
+func (c *consumer) next(budget *retryBudget, e *epoch, timer *time.Timer) (*nats.Msg, error) {
 	select {
 	case msg := <-c.mail:
 		return msg, nil
 	default:
 	}
-	w := newWaiter(c.b.requester, t, e, c.request, once, timer)
+	w := newWaiter(c.b.requester, budget, e, c.request, once, timer)
 	msg, err := await(&w, c.mail)
 	switch {
 	case err == nil:
-		t.progress()
-		t.begun = time.Now() // however long the listing is
-	case c.b.ended(t) == nil:
+		budget.progress()
+		budget.begun = time.Now() // however long the listing is
+	case c.b.ended(budget) == nil:
 		err = fmt.Errorf("%w: %w", errStartOver, err)
 	}
 	return msg, err
 }
 
 // existing yields the records of a listing that exist.
-func (b *bucket) existing(t *retryBudget, l *listing) iter.Seq[*listed] {
+func (b *bucket) existing(budget *retryBudget, l *listing) iter.Seq[*listed] {
 	return func(yield func(*listed) bool) {
 		for i := range l.all {
-			if r := &l.all[i]; !r.deleted && !b.expired(t, r.deadline) && !yield(r) {
+			if r := &l.all[i]; !r.deleted && !b.expired(budget, r.deadline) && !yield(r) {
 				return
 			}
 		}
@@ -302,22 +334,22 @@ func (b *bucket) existing(t *retryBudget, l *listing) iter.Seq[*listed] {
 }
 
 // keys returns the keys that exist and match the pattern, sorted.
-func (b *bucket) keys(t *retryBudget, p pattern) ([]string, error) {
-	l, err := b.list(t, p, false)
+func (b *bucket) keys(budget *retryBudget, p pattern) ([]string, error) {
+	l, err := b.list(budget, p, false)
 	if err != nil {
 		return nil, err
 	}
 	keys := make([]string, 0, len(l.all))
-	for r := range b.existing(t, &l) {
+	for r := range b.existing(budget, &l) {
 		keys = append(keys, r.key)
 	}
 	return keys, nil
 }
 
 // entries returns the entries that exist and match the pattern, sorted by key.
-func (l *listing) entries(b *bucket, t *retryBudget) []*KeyValue {
+func (l *listing) entries(b *bucket, budget *retryBudget) []*KeyValue {
 	entries := make([]*KeyValue, 0, len(l.all))
-	for r := range b.existing(t, l) {
+	for r := range b.existing(budget, l) {
 		entries = append(entries, r.event(r.key, r.deadline))
 	}
 	return entries

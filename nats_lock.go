@@ -44,49 +44,52 @@ func newNATSLocks(conn connection, data *bucket, owner string) *natsLocks {
 	if owner == "" {
 		owner = processName()
 	}
-	return &natsLocks{conn: conn, data: data, owner: owner, missesReleases: conn.nc.Opts.NoEcho || conn.domain != "" || conn.apiPrefix != ""}
+	return &natsLocks{
+		conn: conn, data: data, owner: owner,
+		missesReleases: conn.nc.Opts.NoEcho || conn.domain != "" || conn.apiPrefix != "",
+	}
 }
 
 // open returns the bucket, which the first Lock creates with the replicas of the
 // data's. It is always on disk.
-func (l *natsLocks) open(t *retryBudget) (*bucket, error) {
-	if b := l.opened(); b != nil {
-		s := b.settings.Load()
-		if time.Since(s.checked) > lockSettingsLife {
+func (s *natsLocks) open(budget *retryBudget) (*bucket, error) {
+	if b := s.opened(); b != nil {
+		known := b.settings.Load()
+		if time.Since(known.checked) > lockSettingsLife {
 			b.check()
 		}
-		return b, l.inBucket(b, b.validate(&s.streamConfig))
+		return b, s.inBucket(b, b.validate(&known.streamConfig))
 	}
-	b := l.newBucket()
-	if err := b.open(t); err != nil {
-		return nil, l.inBucket(b, err)
+	b := s.newBucket()
+	if err := b.open(budget); err != nil {
+		return nil, s.inBucket(b, err)
 	}
-	return l.keep(b), nil
+	return s.keep(b), nil
 }
 
 // bind is open for a bucket that need not exist.
-func (l *natsLocks) bind(t *retryBudget) (*bucket, error) {
-	if b := l.opened(); b != nil {
+func (s *natsLocks) bind(budget *retryBudget) (*bucket, error) {
+	if b := s.opened(); b != nil {
 		return b, nil
 	}
-	b := l.newBucket()
-	info, err := b.info(t)
+	b := s.newBucket()
+	info, err := b.info(budget)
 	if err == nil {
-		err = l.inBucket(b, b.validate(&info.config))
+		err = s.inBucket(b, b.validate(&info.config))
 	}
 	if err != nil {
 		return nil, err
 	}
-	return l.keep(b), nil
+	return s.keep(b), nil
 }
 
-func (l *natsLocks) newBucket() *bucket {
-	return newBucket(l.data.requester, l.data.name+locksSuffix, bucketWant{
-		replicas: l.data.settings.Load().Replicas, locks: true,
+func (s *natsLocks) newBucket() *bucket {
+	return newBucket(s.data.requester, s.data.name+locksSuffix, bucketWant{
+		replicas: s.data.settings.Load().Replicas, locks: true,
 	})
 }
 
-func (l *natsLocks) inBucket(b *bucket, err error) error {
+func (s *natsLocks) inBucket(b *bucket, err error) error {
 	if err == nil {
 		return nil
 	}
@@ -95,28 +98,28 @@ func (l *natsLocks) inBucket(b *bucket, err error) error {
 
 // keep returns the bucket that is used from now on: b, unless another goroutine
 // was faster.
-func (l *natsLocks) keep(b *bucket) *bucket {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.bucket == nil {
-		l.bucket = b
+func (s *natsLocks) keep(b *bucket) *bucket {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.bucket == nil {
+		s.bucket = b
 	}
-	return l.bucket
+	return s.bucket
 }
 
 // opened returns the bucket if there has been a Lock, else nil.
-func (l *natsLocks) opened() *bucket {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.bucket
+func (s *natsLocks) opened() *bucket {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.bucket
 }
 
 // forget makes the next Lock open the bucket again.
-func (l *natsLocks) forget(b *bucket) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.bucket == b {
-		l.bucket = nil
+func (s *natsLocks) forget(b *bucket) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.bucket == b {
+		s.bucket = nil
 	}
 }
 
@@ -129,13 +132,13 @@ type natsLessor struct {
 // lock acquires a lock that is free. If it is not, the record of its holder
 // says until when.
 func (s *natsLocks) lock(ctx context.Context, key string, ttl time.Duration) (l *lease, holder record, err error) {
-	t := newBudget(ctx)
+	budget := newBudget(ctx)
 	for again := false; ; again = true {
-		b, err := s.open(t)
+		b, err := s.open(budget)
 		if err != nil {
 			return nil, record{}, err
 		}
-		l, holder, err = s.acquire(ctx, t, b, key, ttl)
+		l, holder, err = s.acquire(ctx, budget, b, key, ttl)
 		if !errors.Is(err, jetstream.ErrBucketNotFound) || again {
 			return l, holder, err
 		}
@@ -143,7 +146,7 @@ func (s *natsLocks) lock(ctx context.Context, key string, ttl time.Duration) (l 
 	}
 }
 
-func (s *natsLocks) acquire(ctx context.Context, t *retryBudget, b *bucket, key string, ttl time.Duration) (*lease, record, error) {
+func (s *natsLocks) acquire(ctx context.Context, budget *retryBudget, b *bucket, key string, ttl time.Duration) (*lease, record, error) {
 	// A release is worth remembering; whether a lease has lapsed, only the
 	// server knows.
 	base := b.known(key)
@@ -153,21 +156,21 @@ func (s *natsLocks) acquire(ctx context.Context, t *retryBudget, b *bucket, key 
 	owner := rand.Text()
 	m := mutation{key: key, op: owner + ".0", value: s.leaseData(ttl, 0), ttl: ttl}
 	for {
-		t.sent = time.Time{}
-		r, err := b.commit(t, m, base, ifUnchanged)
+		budget.sent = time.Time{}
+		r, err := b.commit(budget, m, base, ifUnchanged)
 		if err == nil {
-			l := newLease(ctx, natsLessor{s, b}, key, ttl, t.sent, r.revision)
+			l := newLease(ctx, natsLessor{s, b}, key, ttl, budget.sent, r.revision)
 			l.owner = owner
 			return l, record{}, nil
 		}
 		if err != errMoved {
 			return nil, record{}, err
 		}
-		if base, err = b.leaderLast(t, key); err != nil {
+		if base, err = b.leaderLast(budget, key); err != nil {
 			return nil, record{}, err
 		}
 		b.cache.learn(key, base)
-		if b.exists(t, &base) || t.left() <= minAttempt {
+		if b.exists(budget, &base) || budget.left() <= minAttempt {
 			return nil, base, ErrLockHeld
 		}
 	}
@@ -199,16 +202,16 @@ func (r *record) lockInfo(key string) *LockInfo {
 
 // holder returns the record of a lock that is held, or ErrNotFound. Where there
 // is no bucket, nothing was ever locked.
-func (s *natsLocks) holder(t *retryBudget, key string) (record, error) {
-	b, err := s.bind(t)
+func (s *natsLocks) holder(budget *retryBudget, key string) (record, error) {
+	b, err := s.bind(budget)
 	if err != nil {
 		return record{}, notFoundIfGone(err)
 	}
-	r, err := b.leaderLast(t, key)
+	r, err := b.leaderLast(budget, key)
 	if err != nil {
 		return record{}, notFoundIfGone(err)
 	}
-	if !b.exists(t, &r) {
+	if !b.exists(budget, &r) {
 		if r.deleted {
 			b.cache.learn(key, r) // for who acquires it now
 		}
@@ -227,7 +230,7 @@ func notFoundIfGone(err error) error {
 // write writes the next record of a lease on top of its last one. While it is
 // not sure which that is, it reads it first. It returns errMoved if the last
 // record is not the lease's.
-func (n natsLessor) write(t *retryBudget, l *lease, m mutation) (record, error) {
+func (n natsLessor) write(budget *retryBudget, l *lease, m mutation) (record, error) {
 	l.writes++
 	m.key, m.op = l.key, fmt.Sprintf("%s.%d", l.owner, l.writes)
 	base := record{
@@ -236,7 +239,7 @@ func (n natsLessor) write(t *retryBudget, l *lease, m mutation) (record, error) 
 	}
 	if l.inDoubt {
 		var err error
-		if base, err = n.b.leaderLast(t, l.key); err != nil {
+		if base, err = n.b.leaderLast(budget, l.key); err != nil {
 			return record{}, err
 		}
 		if holderOf(base.op) != l.owner {
@@ -246,7 +249,7 @@ func (n natsLessor) write(t *retryBudget, l *lease, m mutation) (record, error) 
 			return base, nil // an earlier attempt of Unlock did it
 		}
 	}
-	return n.b.commit(t, m, base, ifUnchanged)
+	return n.b.commit(budget, m, base, ifUnchanged)
 }
 
 func (n natsLessor) extend(ctx context.Context, l *lease) error {

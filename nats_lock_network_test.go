@@ -170,6 +170,104 @@ func TestNextAmongManyWaiters(t *testing.T) {
 	}
 }
 
+// TestOneWaiterOnACluster: the only waiter for a lock has it soon after its
+// release, although it hears of that before the servers have stored it.
+func TestOneWaiterOnACluster(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster")
+	}
+	t.Parallel()
+	const handovers, ttl = 50, 30 * time.Second
+	c := startCluster(t)
+	var stores []*NATSStore
+	for _, srv := range c.servers {
+		stores = append(stores, openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b", Replicas: 3}))
+	}
+	holder := mustLock(t, stores[0], "l", ttl)
+	for i := range handovers {
+		s := stores[(i+1)%len(stores)]
+		next := make(chan Lock, 1)
+		go func() {
+			lock, err := Acquire(context.Background(), s, "l", ttl)
+			assert.NoError(t, err)
+			next <- lock
+		}()
+		eventually(t, func() bool { return s.locks.waits.waiting("l") }, "it waits")
+		require.NoError(t, holder.Unlock())
+		select {
+		case holder = <-next:
+		case <-time.After(ttl / 3):
+			require.FailNow(t, "the waiter has missed the release", "handover %d", i)
+		}
+	}
+}
+
+// TestWaitEndsDuringAnAttempt: a wait that ends after its attempt to acquire the
+// lock was sent does not say that somebody else held the lock.
+func TestWaitEndsDuringAnAttempt(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	far, _ := connectAt(t, srv.ClientURL(), distance{rtt: 400 * time.Millisecond})
+	s := openStore(t, NATSStoreConfig{Conn: far, Bucket: "b"})
+	near := connect(t, srv.ClientURL())
+	holder := mustLock(t, openStore(t, NATSStoreConfig{Conn: near, Bucket: "b"}), "l", time.Minute)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	failed := make(chan error, 1)
+	go func() {
+		_, err := Acquire(ctx, s, "l", time.Minute)
+		failed <- err
+	}()
+	eventually(t, func() bool { return s.locks.waits.waiting("l") }, "it waits")
+	_, err := near.Subscribe("$KV.b-locks.l", func(msg *nats.Msg) {
+		if len(msg.Data) > 0 {
+			cancel() // its answer takes another 200 ms
+		}
+	})
+	require.NoError(t, err)
+	require.NoError(t, near.Flush())
+	require.NoError(t, holder.Unlock())
+	err = <-failed
+	assert.ErrorIs(t, err, ErrOutcomeUnknown)
+	assert.ErrorIs(t, err, context.Canceled)
+}
+
+// waiting reports whether somebody waits for a lock that was found held.
+func (w *lockWaits) waiting(key string) bool {
+	w.mu.Lock()
+	q := w.queue[key]
+	w.mu.Unlock()
+	return q != nil && w.seesHeld(q)
+}
+
+// TestWaitAfterAnOutage: a waiter that an outage has kept waiting for an answer has
+// the lock soon after the lease's end all the same.
+func TestWaitAfterAnOutage(t *testing.T) {
+	if testing.Short() {
+		t.Skip("an outage, and a lease that lapses")
+	}
+	t.Parallel()
+	const outage, ttl = 3 * time.Second, 6 * time.Second
+	srv := startRestartable(t)
+	url := srv.ClientURL()
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, url), Bucket: "b"})
+	held := time.Now()
+	mustLock(t, openStore(t, NATSStoreConfig{Conn: connect(t, url), Bucket: "b"}), "l", ttl)
+	acquired := make(chan time.Time, 1)
+	go func() {
+		if _, err := Acquire(context.Background(), s, "l", ttl); assert.NoError(t, err) {
+			acquired <- time.Now()
+		}
+	}()
+	eventually(t, func() bool { return s.locks.waits.waiting("l") }, "it waits")
+	stopServer(srv.Server)
+	time.Sleep(outage)
+	srv.start(t)
+	t.Cleanup(func() { stopServer(srv.Server) })
+	at := <-acquired
+	assert.Less(t, at.Sub(held), ttl+4*time.Second)
+}
+
 // TestWaitersOfAProcessAskOnce: however many wait for a lock in one store, they
 // cost the server what one of them does.
 func TestWaitersOfAProcessAskOnce(t *testing.T) {
@@ -289,9 +387,12 @@ func TestBucketsThatCannotHoldLocks(t *testing.T) {
 		change func(*jetstream.StreamConfig)
 		says   string
 	}{
-		"max-age":      {func(cfg *jetstream.StreamConfig) { cfg.MaxAge, cfg.Duplicates = 2*time.Second, 2*time.Second }, "(?i)max.?age|ttl"},
-		"memory":       {func(cfg *jetstream.StreamConfig) { cfg.Storage = jetstream.MemoryStorage }, "(?i)memory|storage"},
-		"markers":      {func(cfg *jetstream.StreamConfig) { cfg.SubjectDeleteMarkerTTL = time.Second }, "(?i)marker"},
+		"max-age": {func(cfg *jetstream.StreamConfig) { cfg.MaxAge, cfg.Duplicates = 2*time.Second, 2*time.Second }, "(?i)max.?age|ttl"},
+		"memory":  {func(cfg *jetstream.StreamConfig) { cfg.Storage = jetstream.MemoryStorage }, "(?i)memory|storage"},
+		"markers": {func(cfg *jetstream.StreamConfig) { cfg.SubjectDeleteMarkerTTL = time.Second }, "(?i)marker"},
+		"history": {func(cfg *jetstream.StreamConfig) {
+			cfg.MaxMsgsPerSubject, cfg.AllowRollup, cfg.DenyPurge = 5, false, true
+		}, "history"},
 		"drops-oldest": {func(cfg *jetstream.StreamConfig) { cfg.Discard, cfg.MaxBytes = jetstream.DiscardOld, 4096 }, "(?i)discard|max.?bytes"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -307,6 +408,12 @@ func TestBucketsThatCannotHoldLocks(t *testing.T) {
 			_, err = s.Lock("l", time.Minute)
 			require.Error(t, err)
 			assert.ErrorContains(t, err, name+"-locks")
+			assert.Regexp(t, c.says, err.Error())
+			// A store that first waits for the lock finds out as well.
+			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+			defer cancel()
+			_, err = Acquire(ctx, openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: name}), "l", time.Minute)
+			require.Error(t, err)
 			assert.Regexp(t, c.says, err.Error())
 			require.NoError(t, s.Put("k", nil, 0), "the data can be written all the same")
 		})

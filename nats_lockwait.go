@@ -3,6 +3,7 @@ package state
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"math"
 	mathrand "math/rand/v2"
 	"sync"
@@ -13,49 +14,56 @@ import (
 
 const (
 	// standbyDelay is how much longer than the waiter that the server has chosen
-	// the others wait: they hear its attempt first, and leave the lock to it. Where
-	// nobody was chosen it is shortDelay.
+	// the others wait: by then they have heard its attempt, and leave the lock to
+	// it. Where nobody was chosen it is shortDelay.
 	standbyDelay = 500 * time.Millisecond
 	shortDelay   = 20 * time.Millisecond
 	// standbySpread is the time over which they spread their attempts after that,
 	// most of them towards its end.
 	standbySpread = 100 * time.Millisecond
+	// maxTrip is the longest trip to the server that counts: what takes longer was
+	// kept waiting for another reason.
+	maxTrip = 500 * time.Millisecond
 	// yieldFor is how long a waiter leaves a lock to somebody whose attempt it
-	// has heard, before it looks what became of that.
+	// has heard, before it looks whether the attempt succeeded.
 	yieldFor = time.Second
-	// patience is how many times longer those wait for that who are not chosen.
-	patience = 10
-	// missedReleaseCheck is how often a waiter looks that cannot hear of a release.
+	// releasePause is how soon a waiter looks again that has heard a release
+	// which the leader has not stored yet. It looks again after ever longer pauses.
+	releasePause = 2 * time.Millisecond
+	// unchosenFactor is how many times longer than the chosen waiter the others
+	// pause.
+	unchosenFactor = 10
+	// missedReleaseCheck is how often a waiter that cannot hear releases looks.
 	missedReleaseCheck = 2 * time.Second
 	// waiterGroup is the queue group of those who wait for a lock: what is
 	// published to the lock's subject chooses one of them.
 	waiterGroup = "waiters"
 )
 
-// A lockWaits is the waiters for locks in a store. They do not poll, and of
-// those who wait for one lock only the first one asks.
+// lockWaits are the waiters for locks in a store. They do not poll, and of those
+// who wait for the same lock only the first one asks.
 type lockWaits struct {
-	mu    sync.Mutex // guards the map, and the waiters of each queue
+	mu    sync.Mutex // guards the map, and waiters and held of each queue
 	queue map[string]*lockQueue
 }
 
 // A lockQueue is the waiters for one lock. The first of them owns what is not
 // guarded by a mutex.
 //
-// All queues of a lock, one in each process, hear what is published to its
-// subject, and the server chooses one of them to be the next with each message.
-// After a release, or the end of a lease, that one asks at once. The others stand
-// by: an attempt is heard by all, so that many attempts at once would cost the
-// square of their number.
+// All queues of a lock, one in each store, hear what is published to its subject.
+// With each message the server chooses one of them. When the lock is released, or
+// its lease ends, the one that was chosen last asks at once. The others stand by:
+// all of them hear an attempt, so many attempts at once would cost the square of
+// their number.
 type lockQueue struct {
-	waiters []chan struct{}      // each is closed when its turn comes
-	held    bool                 // the first one has last found the lock held; guarded by the mutex of lockWaits
-	subs    []*nats.Subscription // none where that is not allowed
+	waiters []chan struct{}      // each is closed when its turn comes; guarded by lockWaits.mu
+	held    bool                 // what the first one found when it last asked; guarded by lockWaits.mu
+	subs    []*nats.Subscription // none if the connection has refused to subscribe
 	news    chan struct{}        // of one slot: something below is new
 
 	mu     sync.Mutex // guards what follows
-	heard  lockNews   // the last
-	chosen string     // the operation with which the server chose this queue
+	heard  lockNews   // the last one
+	chosen string     // the operation with which the server last chose this queue
 }
 
 // A lockNews is what was published to a lock's subject, on its way to the bucket,
@@ -67,8 +75,8 @@ type lockNews struct {
 	until    time.Time // otherwise, the end of the lease
 }
 
-// found notes whether the first waiter has found the lock held.
-func (w *lockWaits) found(q *lockQueue, held bool) {
+// noteHeld notes whether the first waiter has found the lock held.
+func (w *lockWaits) noteHeld(q *lockQueue, held bool) {
 	w.mu.Lock()
 	q.held = held
 	w.mu.Unlock()
@@ -81,7 +89,7 @@ func (w *lockWaits) seesHeld(q *lockQueue) bool {
 	return q.held
 }
 
-// released says that this process has released a lock, where that is not heard.
+// released says that this store has released a lock, where that is not heard.
 func (w *lockWaits) released(key string) {
 	w.mu.Lock()
 	q := w.queue[key]
@@ -101,7 +109,7 @@ func (q *lockQueue) note(change func()) {
 	notify(q.news)
 }
 
-// hear notes what all waiters hear.
+// hear notes a message that all queues of the lock get.
 func (q *lockQueue) hear(msg *nats.Msg) {
 	st := decodeState(msg.Header.Get(headerState))
 	now := time.Now()
@@ -110,7 +118,7 @@ func (q *lockQueue) hear(msg *nats.Msg) {
 	})
 }
 
-// choose notes what was sent to one of them only.
+// choose notes a message that only this one of them gets.
 func (q *lockQueue) choose(msg *nats.Msg) {
 	st := decodeState(msg.Header.Get(headerState))
 	q.note(func() { q.chosen = st.op })
@@ -138,37 +146,23 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 	case <-s.data.life.Done():
 		return nil, ErrClosed
 	}
-	// An attempt is heard by all who wait, a look by nobody. So it looks first,
+	// All who wait hear an attempt, and nobody hears a look. So it looks first,
 	// unless the lock was last released from here.
-	held, look := false, !s.releasedHere(key)
-	for {
+	look := !s.releasedHere(key)
+	for held := false; ; held, look = true, true {
 		asked := time.Now()
-		var l *lease
-		var holder record
-		var err error
-		if look {
-			holder, err = s.holder(newBudget(ctx), key)
-			switch {
-			case err == nil:
-				err = ErrLockHeld
-			case held && err == ErrNotFound && q.claimedSince(asked):
-				holder, err = record{deleted: true}, ErrLockHeld
-			}
-		}
-		if err != ErrLockHeld { // it is free, or the attempt says why not
-			l, holder, err = s.lock(ctx, key, ttl)
-		}
+		l, holder, err := s.ask(ctx, q, key, ttl, look, held)
 		switch {
 		case err == nil:
+			s.waits.noteHeld(q, true)    // by this store
 			l.ctx = context.Background() // ctx bounds only the wait
 			return l.handOver()
 		case err == ErrLockHeld:
-			held, look = true, true
-			s.waits.found(q, true)
-		case ctx.Err() != nil && held:
+			s.waits.noteHeld(q, true)
+		case ctx.Err() != nil && held && !errors.Is(err, ErrOutcomeUnknown):
 			return nil, ErrLockHeld
 		default:
-			s.waits.found(q, false)
+			s.waits.noteHeld(q, false)
 			return nil, s.data.writeError("lock", key, err)
 		}
 		if err := s.sleep(ctx, q, holder, asked); err != nil {
@@ -177,8 +171,25 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 	}
 }
 
-// releasedHere reports whether this process was the last to hold a lock, as far
-// as it knows, and has released it.
+// ask tries to acquire a lock. If it is to look first, it only does so if the lock
+// is free and, where it was held before, nobody else tries meanwhile.
+func (s *natsLocks) ask(ctx context.Context, q *lockQueue, key string, ttl time.Duration, look, held bool) (*lease, record, error) {
+	if look {
+		asked := time.Now()
+		holder, err := s.holder(newBudget(ctx), key)
+		switch {
+		case err == nil:
+			return nil, holder, ErrLockHeld
+		case held && err == ErrNotFound && q.claimedSince(asked):
+			return nil, record{}, ErrLockHeld
+		}
+		// It is free, or the attempt says why not.
+	}
+	return s.lock(ctx, key, ttl)
+}
+
+// releasedHere reports whether this store was the last to hold a lock, as far as
+// it knows, and has released it.
 func (s *natsLocks) releasedHere(key string) bool {
 	b := s.opened()
 	if b == nil {
@@ -188,8 +199,8 @@ func (s *natsLocks) releasedHere(key string) bool {
 	return last.deleted && last.estimated
 }
 
-// sleep waits until the lock may be free. holder is what was found of it, by a
-// request at the time asked.
+// sleep waits until the lock may be free. holder is the record that a request made
+// at asked has found, zero if the lock was free and somebody else was faster.
 func (s *natsLocks) sleep(ctx context.Context, q *lockQueue, holder record, asked time.Time) error {
 	answered := time.Now()
 	found := foundLock{
@@ -198,8 +209,8 @@ func (s *natsLocks) sleep(ctx context.Context, q *lockQueue, holder record, aske
 		standby: standby(answered.Sub(asked)), yield: yieldFor + mathrand.N(yieldFor),
 	}
 	switch {
-	case holder.deleted:
-		found.until = answered.Add(yieldFor) // it was free, and somebody else was faster
+	case holder.revision == 0, holder.deleted:
+		found.until = answered.Add(yieldFor)
 	case holder.deadline == 0:
 		found.until = answered.Add(time.Hour)
 	}
@@ -244,16 +255,26 @@ func (q *lockQueue) wake(found *foundLock) time.Time {
 	switch {
 	case heard.released && heard.at.After(found.asked):
 		wake = heard.at
+	case heard.released && (heard.op == "" || holderOf(heard.op) == found.owner):
+		// The request has overtaken the holder's release, or that by an operator:
+		// the leader had not stored it yet.
+		pause := max(releasePause, found.answered.Sub(heard.at))
+		if !chosen {
+			pause *= unchosenFactor
+		}
+		wake = earlier(wake, found.answered.Add(pause))
 	case heard.released:
+		// It was a release before what was found, or a refused one.
 	case holderOf(heard.op) == found.owner:
 		if heard.until.After(wake) {
 			wake = heard.until // it was refreshed
 		}
 	case heard.at.After(found.answered):
-		// Somebody else tries, and almost always succeeds. One looks whether it did.
+		// Somebody else tries, and almost always succeeds. The chosen waiter looks
+		// whether it did.
 		yield := found.yield
 		if !chosen {
-			yield *= patience
+			yield *= unchosenFactor
 		}
 		wake = earlier(heard.until, heard.at.Add(yield))
 	}
@@ -266,14 +287,15 @@ func (q *lockQueue) wake(found *foundLock) time.Time {
 	return wake.Add(found.standby)
 }
 
-// standby returns how long a waiter stands by, whose last request has taken the
-// time trip, where nobody was chosen. Nobody knows how many others stand by: as
-// exponentially more of them take a later moment, few have begun when the first is
-// heard, and one alone does not wait for long.
+// standby returns how long a waiter stands by where nobody was chosen; trip is how
+// long its last request took. Nobody knows how many others stand by. So the times
+// are random, and later ones are exponentially more likely: however many waiters
+// there are, only a few of them have asked when the others hear the first attempt.
 func standby(trip time.Duration) time.Duration {
 	const lambda = 8 // for up to e^8 waiters
-	moment := math.Log1p(mathrand.Float64()*math.Expm1(lambda)) / lambda
-	return shortDelay + 2*trip + time.Duration(moment*float64(standbySpread+4*trip))
+	trip = min(trip, maxTrip)
+	fraction := math.Log1p(mathrand.Float64()*math.Expm1(lambda)) / lambda
+	return shortDelay + 2*trip + time.Duration(fraction*float64(standbySpread+4*trip))
 }
 
 func earlier(x, y time.Time) time.Time {
@@ -304,8 +326,8 @@ func (w *lockWaits) enter(s *natsLocks, key string) (q *lockQueue, turn chan str
 			w.queue = make(map[string]*lockQueue)
 		}
 		w.queue[key] = q
-		// It needs no consumer. A client that may not listen waits for the
-		// lease's end.
+		// This needs no consumer. A client that lacks the permission hears
+		// nothing, and looks when the lease should end.
 		q.subscribe(s.data.nc, "$KV."+s.data.name+locksSuffix+"."+key)
 	}
 	if q.waiters = append(q.waiters, turn); len(q.waiters) == 1 {
@@ -325,7 +347,7 @@ func (q *lockQueue) subscribe(nc *nats.Conn, subject string) {
 	}
 }
 
-// leave lets the next one ask.
+// leave takes a waiter out. If it was the first one, it is the next one's turn.
 func (w *lockWaits) leave(key string, q *lockQueue, turn chan struct{}) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

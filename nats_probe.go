@@ -24,17 +24,17 @@ const probeWindow = 256
 // probe asks the leader for the last sequences of keys, by writes that cannot be
 // stored: the refusal names the sequence, or says that a write to the key is
 // under way, which no read shows. A probe costs the leader a look at its index.
-func (b *bucket) probe(t *retryBudget, keys []string) []probeResult {
+func (b *bucket) probe(budget *retryBudget, keys []string) []probeResult {
 	results := make([]probeResult, 0, len(keys))
 	for part := range slices.Chunk(keys, probeWindow) {
-		results = append(results, b.probeSome(t, part)...)
+		results = append(results, b.probeSome(budget, part)...)
 	}
 	return results
 }
 
-func (b *bucket) probeSome(t *retryBudget, keys []string) []probeResult {
+func (b *bucket) probeSome(budget *retryBudget, keys []string) []probeResult {
 	results := make([]probeResult, len(keys))
-	e, err := b.connected(t)
+	e, err := b.connected(budget)
 	if err != nil {
 		return results
 	}
@@ -56,7 +56,7 @@ func (b *bucket) probeSome(t *retryBudget, keys []string) []probeResult {
 		select {
 		case answer := <-x.answer:
 			results[i] = probed(answer)
-			t.progress()
+			budget.progress()
 		case <-e.over:
 		case <-ctx.Done():
 		}

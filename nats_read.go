@@ -16,13 +16,13 @@ import (
 // a cluster, and its answer counts only if it names the stream itself and is not
 // older than what this client knows. That a key does not exist only the leader can
 // say.
-func (b *bucket) last(t *retryBudget, key string) (record, error) {
+func (b *bucket) last(budget *retryBudget, key string) (record, error) {
 	if b.direct() {
-		if r, ok := b.directLast(t, key); ok {
+		if r, ok := b.directLast(budget, key); ok {
 			return r, nil
 		}
 	}
-	return b.leaderLast(t, key)
+	return b.leaderLast(budget, key)
 }
 
 // direct reports whether a direct get may be used now.
@@ -40,8 +40,8 @@ func (b *bucket) direct() bool {
 
 // directLast reads the last record of a key from the first server that answers. It
 // reports whether the answer can be relied on.
-func (b *bucket) directLast(t *retryBudget, key string) (record, bool) {
-	answer, _, err := b.do(t, &nats.Msg{Subject: b.api + "DIRECT.GET." + b.stream + "." + b.prefix + key}, repeatable)
+func (b *bucket) directLast(budget *retryBudget, key string) (record, bool) {
+	answer, _, err := b.do(budget, &nats.Msg{Subject: b.api + "DIRECT.GET." + b.stream + "." + b.prefix + key}, repeatable)
 	if err != nil {
 		return record{}, false
 	}
@@ -60,10 +60,10 @@ func (b *bucket) directLast(t *retryBudget, key string) (record, bool) {
 //
 // A leader that was cut off answers with what it had then. It is found out if
 // this client knows of something newer.
-func (b *bucket) leaderLast(t *retryBudget, key string) (record, error) {
+func (b *bucket) leaderLast(budget *retryBudget, key string) (record, error) {
 	var doubted time.Time
 	for {
-		r, err := b.leaderRecord(t, key)
+		r, err := b.leaderRecord(budget, key)
 		if err != nil {
 			return record{}, err
 		}
@@ -77,7 +77,7 @@ func (b *bucket) leaderLast(t *retryBudget, key string) (record, error) {
 		// Or it was removed by hand, or the stream is another one by now. While
 		// one leader takes over from another they answer in turn: only time
 		// decides.
-		info, err := b.info(t)
+		info, err := b.info(budget)
 		if err != nil {
 			return record{}, err
 		}
@@ -89,7 +89,7 @@ func (b *bucket) leaderLast(t *retryBudget, key string) (record, error) {
 			b.cache.forget(key)
 			return r, nil
 		}
-		if !t.wait(b.life) {
+		if !b.wait(budget) {
 			return record{}, errStaleLeader
 		}
 	}
@@ -101,8 +101,8 @@ const doubtFor = 1500 * time.Millisecond
 var errStaleLeader = errors.New("the stream's leader does not have what it acknowledged: it was cut off from the other servers")
 
 // leaderRecord reads the last record of a key as the leader has it.
-func (b *bucket) leaderRecord(t *retryBudget, key string) (record, error) {
-	msg, err := b.leaderMsg(t, b.prefix+key)
+func (b *bucket) leaderRecord(budget *retryBudget, key string) (record, error) {
+	msg, err := b.leaderMsg(budget, b.prefix+key)
 	if err != nil || msg == nil {
 		return record{}, err
 	}
@@ -113,14 +113,14 @@ func (b *bucket) leaderRecord(t *retryBudget, key string) (record, error) {
 
 // leaderMsg reads the last message on a subject, which may have wildcards. It
 // returns nil if there is none.
-func (b *bucket) leaderMsg(t *retryBudget, subject string) (*storedMsg, error) {
+func (b *bucket) leaderMsg(budget *retryBudget, subject string) (*storedMsg, error) {
 	var req = struct {
 		LastFor string `json:"last_by_subj"`
 	}{subject}
 	var answer struct {
 		Message *storedMsg `json:"message"`
 	}
-	err := b.streamCall(t, "STREAM.MSG.GET", b.stream, req, &answer)
+	err := b.streamCall(budget, "STREAM.MSG.GET", b.stream, req, &answer)
 	if apiCode(err) == codeNoMessage {
 		return nil, nil
 	}
@@ -128,13 +128,13 @@ func (b *bucket) leaderMsg(t *retryBudget, subject string) (*storedMsg, error) {
 }
 
 // entryOf returns the record of a key that exists, or ErrNotFound.
-func (b *bucket) entryOf(t *retryBudget, key string) (record, error) {
-	r, err := b.last(t, key)
+func (b *bucket) entryOf(budget *retryBudget, key string) (record, error) {
+	r, err := b.last(budget, key)
 	if err != nil {
 		return record{}, err
 	}
 	b.cache.learn(key, r)
-	if !b.exists(t, &r) {
+	if !b.exists(budget, &r) {
 		return record{}, ErrNotFound
 	}
 	return r, nil

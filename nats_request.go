@@ -117,21 +117,6 @@ func (b *retryBudget) left() time.Duration {
 	return min(time.Until(b.since.Add(opTimeout)), time.Until(b.begun.Add(opLimit)))
 }
 
-// wait pauses, randomly and for longer each time, and reports whether there is
-// time left for another attempt.
-func (b *retryBudget) wait(life context.Context) bool {
-	timer := time.NewTimer(b.pause/2 + mathrand.N(b.pause))
-	defer timer.Stop()
-	b.pause = min(2*b.pause, 100*time.Millisecond)
-	select {
-	case <-timer.C:
-		return b.left() > minAttempt
-	case <-b.ctx.Done():
-	case <-life.Done():
-	}
-	return false
-}
-
 // A requester makes requests on a connection. It publishes only while the
 // connection is up: what the client library would hold back while it reconnects
 // could take effect at any later time.
@@ -293,7 +278,7 @@ func (r *requester) current() (*epoch, nats.Status) {
 }
 
 // connected waits until the connection is up, and returns its epoch.
-func (r *requester) connected(t *retryBudget) (*epoch, error) {
+func (r *requester) connected(budget *retryBudget) (*epoch, error) {
 	for late := false; ; {
 		e, status := r.current()
 		switch status {
@@ -311,29 +296,43 @@ func (r *requester) connected(t *retryBudget) (*epoch, error) {
 		if late {
 			pause = checkInterval / 5
 		}
-		timer := time.NewTimer(min(max(t.left(), 0), pause))
-		select {
-		case <-e.over:
-		case <-timer.C:
-		case <-t.ctx.Done():
-		case <-r.life.Done():
-		}
-		timer.Stop()
-		if err := r.ended(t); err != nil {
+		if err := r.pause(budget, min(budget.left(), pause), e.over); err != nil {
 			return nil, err
 		}
-		if t.left() <= 0 {
+		if budget.left() <= 0 {
 			return nil, nats.ErrDisconnected
 		}
 	}
 }
 
+// wait pauses, randomly and for longer each time, and reports whether there is
+// time left for another attempt.
+func (r *requester) wait(budget *retryBudget) bool {
+	pause := budget.pause/2 + mathrand.N(budget.pause)
+	budget.pause = min(2*budget.pause, 100*time.Millisecond)
+	return r.pause(budget, pause, nil) == nil && budget.left() > minAttempt
+}
+
+// pause waits for d, or until over is closed. It returns why the operation must
+// not go on, nil if it may.
+func (r *requester) pause(budget *retryBudget, d time.Duration, over <-chan struct{}) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-over:
+	case <-budget.ctx.Done():
+	case <-r.life.Done():
+	}
+	return r.ended(budget)
+}
+
 // ended returns why an operation must not go on, nil if it may.
-func (r *requester) ended(t *retryBudget) error {
+func (r *requester) ended(budget *retryBudget) error {
 	if r.life.Err() != nil {
 		return ErrClosed
 	}
-	return t.ctx.Err()
+	return budget.ctx.Err()
 }
 
 // receive hands an answer to the exchange that waits for it.
@@ -403,31 +402,31 @@ const (
 // An answer that is on its way is waited for, however narrow the link: the
 // request is not abandoned while anything arrives and the server has not been
 // heard since.
-func (r *requester) do(t *retryBudget, msg *nats.Msg, rep repetition) (answer *nats.Msg, sent bool, err error) {
-	if err := r.ended(t); err != nil {
+func (r *requester) do(budget *retryBudget, msg *nats.Msg, rep repetition) (answer *nats.Msg, sent bool, err error) {
+	if err := r.ended(budget); err != nil {
 		return nil, false, err
 	}
-	e, err := r.connected(t)
+	e, err := r.connected(budget)
 	if err != nil {
 		return nil, false, err
 	}
 	x := r.expect()
 	defer r.forget(x)
 	msg.Reply = x.reply
-	if t.sent.IsZero() {
-		t.sent = time.Now()
+	if budget.sent.IsZero() {
+		budget.sent = time.Now()
 	}
 	if err := r.publish(msg); err != nil {
 		return nil, !refusedHere(err), err
 	}
-	w := newWaiter(r, t, e, msg, rep, x.timer)
+	w := newWaiter(r, budget, e, msg, rep, x.timer)
 	for {
 		answer, err := await(&w, x.answer)
 		if err != nil {
 			return nil, true, err
 		}
 		if !noResponders(answer) {
-			t.progress()
+			budget.progress()
 			return answer, true, nil
 		}
 		if w.copies--; w.copies == 0 { // else another copy may be answered
@@ -438,9 +437,9 @@ func (r *requester) do(t *retryBudget, msg *nats.Msg, rep repetition) (answer *n
 
 // doMany makes a request that is answered by several messages, at most as many
 // as given, of which last recognises the last one.
-func (r *requester) doMany(t *retryBudget, msg *nats.Msg, most int, last func(*nats.Msg) bool) ([]*nats.Msg, error) {
-	t = newBudget(t.ctx)
-	e, err := r.connected(t)
+func (r *requester) doMany(budget *retryBudget, msg *nats.Msg, most int, last func(*nats.Msg) bool) ([]*nats.Msg, error) {
+	budget = newBudget(budget.ctx)
+	e, err := r.connected(budget)
 	if err != nil {
 		return nil, err
 	}
@@ -453,14 +452,14 @@ func (r *requester) doMany(t *retryBudget, msg *nats.Msg, most int, last func(*n
 	}
 	timer := time.NewTimer(checkInterval)
 	defer timer.Stop()
-	w := newWaiter(r, t, e, msg, once, timer)
+	w := newWaiter(r, budget, e, msg, once, timer)
 	for answers := []*nats.Msg(nil); ; {
 		answer, err := await(&w, x.answer)
 		if err != nil {
 			return nil, err
 		}
-		t.progress()
-		t.begun = time.Now() // however many they are
+		budget.progress()
+		budget.begun = time.Now() // however many they are
 		if answers = append(answers, answer); last(answer) || len(answers) == most {
 			return answers, nil
 		}
@@ -506,7 +505,7 @@ func statusOf(msg *nats.Msg) string {
 // nothing comes.
 type waiter struct {
 	r      *requester
-	t      *retryBudget
+	budget *retryBudget
 	epoch  *epoch
 	msg    *nats.Msg // the request
 	rep    repetition
@@ -522,10 +521,10 @@ type waiter struct {
 
 // newWaiter returns the waiter for a request that was just sent. It uses the
 // timer, which the caller stops.
-func newWaiter(r *requester, t *retryBudget, e *epoch, msg *nats.Msg, rep repetition, timer *time.Timer) waiter {
+func newWaiter(r *requester, budget *retryBudget, e *epoch, msg *nats.Msg, rep repetition, timer *time.Timer) waiter {
 	now := time.Now()
 	timer.Reset(checkInterval)
-	return waiter{r: r, t: t, epoch: e, msg: msg, rep: rep, timer: timer, copies: 1, first: now, sent: now}
+	return waiter{r: r, budget: budget, epoch: e, msg: msg, rep: rep, timer: timer, copies: 1, first: now, sent: now}
 }
 
 // await returns what arrives next, or why nothing will.
@@ -552,8 +551,8 @@ func await[T any](w *waiter, arrivals <-chan T) (arrival T, err error) {
 				return arrival, errConnectionClosed
 			}
 			return arrival, nats.ErrDisconnected
-		case <-w.t.ctx.Done():
-			return arrival, w.t.ctx.Err()
+		case <-w.budget.ctx.Done():
+			return arrival, w.budget.ctx.Err()
 		case <-w.r.life.Done():
 			return arrival, ErrClosed
 		}
@@ -579,10 +578,10 @@ func (w *waiter) check() verdict {
 	if w.unique && w.r.refused(w.msg.Subject) {
 		return isRefused
 	}
-	w.r.slow(w.t, w.first, "state: a request is not answered", w.msg.Subject)
+	w.r.slow(w.budget, w.first, "state: a request is not answered", w.msg.Subject)
 	if w.heard.IsZero() {
 		if w.heard = w.r.heardSince(w.sent); w.heard.Sub(w.sent) > repeatInterval {
-			w.t.progress() // the link was slow until then
+			w.budget.progress() // the link was slow until then
 		}
 	}
 	if !w.heard.IsZero() {
@@ -590,21 +589,21 @@ func (w *waiter) check() verdict {
 		quiet := now.Sub(w.heard)
 		switch {
 		case w.rep == repeatable && now.Sub(w.sent) >= repeatInterval && quiet >= repeatInterval/3 && w.r.elections():
-			if w.t.left() <= minAttempt {
+			if w.budget.left() <= minAttempt {
 				return giveUp
 			}
 			w.sent, w.heard = now, time.Time{}
-			w.r.retrying(w.t, w.msg.Subject)
+			w.r.retrying(w.budget, w.msg.Subject)
 			return repeatNow
 		case w.rep == resolvable && now.Sub(w.sent) >= ackTimeout && quiet >= ackTimeout/2:
 			return giveUp
 		}
 	} else if moving {
-		w.t.progress()
+		w.budget.progress()
 		// The link is slow, nobody else is in the way: this time does not count.
-		w.t.begun = w.t.begun.Add(checkInterval)
+		w.budget.begun = w.budget.begun.Add(checkInterval)
 	}
-	if w.t.left() <= 0 {
+	if w.budget.left() <= 0 {
 		return giveUp
 	}
 	return waitOn
@@ -612,11 +611,11 @@ func (w *waiter) check() verdict {
 
 // waitAfter waits before another attempt of what failed with err. If there is to be
 // none it returns why: that the call was ended, or else err.
-func (r *requester) waitAfter(t *retryBudget, err error) error {
-	if t.wait(r.life) {
+func (r *requester) waitAfter(budget *retryBudget, err error) error {
+	if r.wait(budget) {
 		return nil
 	}
-	if ended := r.ended(t); ended != nil {
+	if ended := r.ended(budget); ended != nil {
 		return ended
 	}
 	return err
@@ -624,14 +623,14 @@ func (r *requester) waitAfter(t *retryBudget, err error) error {
 
 // retrying notes that an operation makes a request once more. It logs, once, that
 // it has done so for longer than a second.
-func (r *requester) retrying(t *retryBudget, subject string) {
+func (r *requester) retrying(budget *retryBudget, subject string) {
 	r.stats.retries.Add(1)
-	r.slow(t, t.started, "state: a request is repeated", subject)
+	r.slow(budget, budget.started, "state: a request is repeated", subject)
 }
 
-func (r *requester) slow(t *retryBudget, since time.Time, what, subject string) {
-	if d := time.Since(since); d >= time.Second && !t.slow {
-		t.slow = true
+func (r *requester) slow(budget *retryBudget, since time.Time, what, subject string) {
+	if d := time.Since(since); d >= time.Second && !budget.slow {
+		budget.slow = true
 		r.log.Warn(what, "subject", subject, "after", d.Round(time.Millisecond))
 	}
 }
@@ -686,7 +685,7 @@ func (r *requester) refused(subject string) bool {
 
 // call makes a request of the JetStream API that changes nothing, or that may
 // be made twice, until it is answered.
-func (r *requester) call(t *retryBudget, verb, object string, req, answer any) error {
+func (r *requester) call(budget *retryBudget, verb, object string, req, answer any) error {
 	var data []byte
 	if req != nil {
 		var err error
@@ -696,17 +695,17 @@ func (r *requester) call(t *retryBudget, verb, object string, req, answer any) e
 	}
 	msg := &nats.Msg{Subject: r.api + verb + "." + object, Data: data}
 	for {
-		reply, _, err := r.do(t, msg, repeatable)
+		reply, _, err := r.do(budget, msg, repeatable)
 		if err == nil {
 			err = decodeAnswer(reply.Data, answer)
 		}
 		if err == nil || !passing(err) {
 			return err
 		}
-		if err := r.waitAfter(t, err); err != nil {
+		if err := r.waitAfter(budget, err); err != nil {
 			return err
 		}
-		r.retrying(t, msg.Subject)
+		r.retrying(budget, msg.Subject)
 	}
 }
 

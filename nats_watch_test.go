@@ -556,3 +556,29 @@ func TestThousandWatches(t *testing.T) {
 	require.NoError(t, s.Close())
 	assert.Less(t, time.Since(began), 10*time.Second)
 }
+
+// TestListingFailsAfterACut: a feed that was cut off and is back, while it still
+// lists what exists, lists again if that fails. Otherwise it would never report the
+// expiry of a key that existed before.
+func TestListingFailsAfterACut(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	require.NoError(t, s.Put("k", nil, time.Minute))
+	f, w, err := s.feeds.join(context.Background(), pattern{wild: true}, true)
+	require.NoError(t, err)
+	defer s.feeds.leave(f, w)
+	is := func(condition func() bool) func() bool {
+		return func() bool {
+			answer := make(chan bool, 1)
+			return f.post(func() { answer <- condition() }) && <-answer
+		}
+	}
+	f.post(func() {
+		f.expecting, f.listing = false, true
+		f.cutOff("a test")
+	})
+	eventually(t, is(func() bool { return f.source != nil }), "it is back")
+	f.post(func() { f.endListing(listing{}, errStartOver) })
+	eventually(t, is(func() bool { return f.listed && f.alive["k"] != nil }), "it has listed again")
+}

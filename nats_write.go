@@ -33,57 +33,57 @@ var errMoved = errors.New("the key was written by somebody else")
 // this client knows, so that what it carries of that record is right. Where
 // others write the key, too, it reads the key first and then writes without a
 // condition, because conditional writes starve beside faster ones.
-func (b *bucket) put(t *retryBudget, m mutation) (record, error) {
+func (b *bucket) put(budget *retryBudget, m mutation) (record, error) {
 	contested := b.cache.begin(m.key)
 	defer b.cache.end(m.key)
 	if base := b.known(m.key); !contested && b.certain(base) {
-		r, err := b.commit(t, m, base, ifUnchanged)
+		r, err := b.commit(budget, m, base, ifUnchanged)
 		if err != errMoved {
 			return r, err
 		}
 	}
-	base, err := b.contended(t, m.key)
+	base, err := b.contended(budget, m.key)
 	if err != nil {
 		return record{}, err
 	}
-	return b.commit(t, m, base, always)
+	return b.commit(budget, m, base, always)
 }
 
 // remove deletes a key if it exists, in at most three requests, like put: it
 // first tries a marker that is conditional on what it knows or has just read.
 // The unconditional one that may follow deletes what was written in between.
-func (b *bucket) remove(t *retryBudget, m mutation) error {
+func (b *bucket) remove(budget *retryBudget, m mutation) error {
 	contested := b.cache.begin(m.key)
 	defer b.cache.end(m.key)
 	base, read := b.known(m.key), false
 	if contested || !b.certain(base) || !base.exists(b.clock.now()) {
 		var err error
-		if base, err = b.contended(t, m.key); err != nil || !b.exists(t, &base) {
+		if base, err = b.contended(budget, m.key); err != nil || !b.exists(budget, &base) {
 			return err
 		}
 		read = true
 	}
-	_, err := b.commit(t, m, base, ifUnchanged)
+	_, err := b.commit(budget, m, base, ifUnchanged)
 	if err == errMoved {
 		if !read {
-			if base, err = b.contended(t, m.key); err != nil || !b.exists(t, &base) {
+			if base, err = b.contended(budget, m.key); err != nil || !b.exists(budget, &base) {
 				return err
 			}
 		}
-		_, err = b.commit(t, m, base, always)
+		_, err = b.commit(budget, m, base, always)
 	}
-	return b.evenIfFull(t, m, base, err)
+	return b.evenIfFull(budget, m, base, err)
 }
 
 // evenIfFull carries out a deletion that was refused because the bucket is
 // full: by the smallest marker there is and, if even that is too large, by a
 // purge of what was there, which leaves no marker.
-func (b *bucket) evenIfFull(t *retryBudget, m mutation, base record, err error) error {
+func (b *bucket) evenIfFull(budget *retryBudget, m mutation, base record, err error) error {
 	if err != ErrStoreFull {
 		return err
 	}
 	small := &nats.Msg{Subject: b.route + b.prefix + m.key, Header: nats.Header{headerOperation: {"DEL"}, headerTTL: {seconds(m.ttl)}}}
-	seq, o, err := b.send(t, small, always)
+	seq, o, err := b.send(budget, small, always)
 	switch o {
 	case stored:
 		b.cache.learn(m.key, record{entry: entry{revision: seq}, deleted: true})
@@ -95,7 +95,7 @@ func (b *bucket) evenIfFull(t *retryBudget, m mutation, base record, err error) 
 		Filter string `json:"filter"`
 		UpTo   uint64 `json:"seq"`
 	}{b.prefix + m.key, base.revision + 1}
-	if err := b.streamCall(t, "STREAM.PURGE", b.stream, purge, nil); err != nil {
+	if err := b.streamCall(budget, "STREAM.PURGE", b.stream, purge, nil); err != nil {
 		return fmt.Errorf("purge a key of a full bucket: %w", err)
 	}
 	b.cache.forget(m.key)
@@ -104,21 +104,21 @@ func (b *bucket) evenIfFull(t *retryBudget, m mutation, base record, err error) 
 
 // update writes m to a key whose current revision is the given one, 0 for a key
 // that does not exist. It costs one request where this client knows the key.
-func (b *bucket) update(t *retryBudget, m mutation, revision uint64) (record, error) {
+func (b *bucket) update(budget *retryBudget, m mutation, revision uint64) (record, error) {
 	base := b.known(m.key)
 	switch {
 	case revision == 0 && base.exists(b.clock.now()):
 		base = record{} // the server decides whether it still does
 	case revision != 0 && base.revision != revision, !b.certain(base):
 		var err error
-		if base, err = b.leaderLast(t, m.key); err != nil {
+		if base, err = b.leaderLast(budget, m.key); err != nil {
 			return record{}, err
 		}
 		b.cache.learn(m.key, base)
 	}
 	for tries := 0; ; tries++ {
 		current := base.revision
-		if current != 0 && !b.exists(t, &base) {
+		if current != 0 && !b.exists(budget, &base) {
 			current = 0
 		}
 		if current != revision {
@@ -127,7 +127,7 @@ func (b *bucket) update(t *retryBudget, m mutation, revision uint64) (record, er
 			}
 			return record{}, ErrConflict
 		}
-		r, err := b.commit(t, m, base, ifUnchanged)
+		r, err := b.commit(budget, m, base, ifUnchanged)
 		if err != errMoved {
 			return r, err
 		}
@@ -136,11 +136,11 @@ func (b *bucket) update(t *retryBudget, m mutation, revision uint64) (record, er
 		}
 		// It exists, or what is left of it takes its place: a marker, or a value
 		// that has expired.
-		if base, err = b.leaderLast(t, m.key); err != nil {
+		if base, err = b.leaderLast(budget, m.key); err != nil {
 			return record{}, err
 		}
 		b.cache.learn(m.key, base)
-		if t.left() <= minAttempt {
+		if budget.left() <= minAttempt {
 			return record{}, ErrConflict
 		}
 	}
@@ -157,12 +157,12 @@ func (b *bucket) known(key string) record {
 }
 
 // contended reads a key that others write, too.
-func (b *bucket) contended(t *retryBudget, key string) (record, error) {
+func (b *bucket) contended(budget *retryBudget, key string) (record, error) {
 	read := b.last
 	if b.cache.recall(key).revision == 0 {
 		read = b.leaderLast // it may not exist, and only the leader can say so
 	}
-	r, err := read(t, key)
+	r, err := read(budget, key)
 	if err != nil {
 		return record{}, err
 	}
@@ -186,21 +186,21 @@ func (b *bucket) certain(r record) bool {
 // errMoved, if the precondition does not hold, ErrValueTooLarge, ErrStoreFull,
 // and failures; after these nothing was written, unless they wrap
 // ErrOutcomeUnknown.
-func (b *bucket) commit(t *retryBudget, m mutation, base record, pre precondition) (record, error) {
+func (b *bucket) commit(budget *retryBudget, m mutation, base record, pre precondition) (record, error) {
 	var (
 		inDoubt error // why an earlier attempt may have been stored, if one may
 		refits  int   // how often the bucket was made to fit
 		began   = time.Now()
 	)
 	for {
-		if err := b.waitForRemoval(t, base); err != nil {
+		if err := b.waitForRemoval(budget, base); err != nil {
 			return record{}, unknownIf(inDoubt, err)
 		}
 		msg, next, err := b.encode(m, base, pre)
 		if err != nil {
 			return record{}, unknownIf(inDoubt, err)
 		}
-		seq, o, err := b.send(t, msg, pre)
+		seq, o, err := b.send(budget, msg, pre)
 		switch o {
 		case stored:
 			next.revision = seq
@@ -225,14 +225,14 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 		case unavailable:
 			// Nobody took it. Is the bucket gone, or is nobody leading it?
 			if errors.Is(err, nats.ErrNoResponders) {
-				if _, gone := b.info(t); errors.Is(gone, jetstream.ErrBucketNotFound) {
+				if _, gone := b.info(budget); errors.Is(gone, jetstream.ErrBucketNotFound) {
 					return record{}, unknownIf(inDoubt, gone)
 				}
 			}
-			if err := b.waitAfter(t, err); err != nil {
+			if err := b.waitAfter(budget, err); err != nil {
 				return record{}, unknownIf(inDoubt, err)
 			}
-			b.retrying(t, msg.Subject)
+			b.retrying(budget, msg.Subject)
 			continue
 
 		case unfit:
@@ -240,7 +240,7 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 			if refits++; refits > 2 {
 				return record{}, unknownIf(inDoubt, err)
 			}
-			if err := b.refresh(t); err != nil {
+			if err := b.refresh(budget); err != nil {
 				return record{}, unknownIf(inDoubt, err)
 			}
 			if known := b.cache.recall(m.key); known.revision < base.revision {
@@ -249,20 +249,20 @@ func (b *bucket) commit(t *retryBudget, m mutation, base record, pre preconditio
 			continue
 		}
 
-		found, err := b.lookForWrite(t, m, base)
+		found, err := b.lookForWrite(budget, m, base)
 		switch {
 		case err == nil:
 			return found, nil
 		case err == errUnchanged && (inDoubt == nil || pre == ifUnchanged && (m.ttl == 0 || time.Since(began) < m.ttl)):
 			// Another attempt on the same revision can only be stored if no
 			// earlier one ever is.
-			if !t.wait(b.life) {
-				if err = b.ended(t); err == nil && inDoubt == nil {
+			if !b.wait(budget) {
+				if err = b.ended(budget); err == nil && inDoubt == nil {
 					err = errBusy
 				}
 				return record{}, unknownIf(inDoubt, err)
 			}
-			b.retrying(t, msg.Subject)
+			b.retrying(budget, msg.Subject)
 		case err == errUnchanged:
 			// An earlier attempt may be under way, or have expired.
 			return record{}, unknownIf(inDoubt, nil)
@@ -283,9 +283,9 @@ var errUnchanged = errors.New("the write was not stored yet")
 // lookForWrite looks for a write of which an attempt may have been stored. It
 // returns the record that the write has left, errUnchanged if base is still the
 // key's last record, or errMoved if another one is: that may have replaced ours.
-func (b *bucket) lookForWrite(t *retryBudget, m mutation, base record) (record, error) {
-	since := t.since
-	found, err := b.leaderLast(t, m.key)
+func (b *bucket) lookForWrite(budget *retryBudget, m mutation, base record) (record, error) {
+	since := budget.since
+	found, err := b.leaderLast(budget, m.key)
 	switch {
 	case err != nil:
 		return record{}, err
@@ -293,7 +293,7 @@ func (b *bucket) lookForWrite(t *retryBudget, m mutation, base record) (record, 
 		b.cache.learn(m.key, found)
 		return found, nil
 	case found.revision == base.revision:
-		t.since = since // that is no progress
+		budget.since = since // that is no progress
 		return record{}, errUnchanged
 	}
 	b.cache.learn(m.key, found)
@@ -324,19 +324,12 @@ func unknownIf(inDoubt, err error) error {
 // waitForRemoval waits until the server has removed a record that it is about to
 // replace by its own marker: that would remove what is written meanwhile,
 // too.
-func (b *bucket) waitForRemoval(t *retryBudget, base record) error {
+func (b *bucket) waitForRemoval(budget *retryBudget, base record) error {
 	for b.settings.Load().MarkerTTL > 0 && base.leaving(b.clock.now()) {
-		timer := time.NewTimer(100 * time.Millisecond)
-		select {
-		case <-timer.C:
-		case <-t.ctx.Done():
-		case <-b.life.Done():
-		}
-		timer.Stop()
-		if err := b.ended(t); err != nil {
+		if err := b.pause(budget, 100*time.Millisecond, nil); err != nil {
 			return err
 		}
-		if t.left() <= 0 {
+		if budget.left() <= 0 {
 			return errLeaving
 		}
 	}
@@ -371,12 +364,12 @@ func (b *bucket) writeError(verb, key string, err error) error {
 }
 
 // send has the server store a message, and returns its sequence.
-func (b *bucket) send(t *retryBudget, msg *nats.Msg, pre precondition) (seq uint64, o outcome, err error) {
+func (b *bucket) send(budget *retryBudget, msg *nats.Msg, pre precondition) (seq uint64, o outcome, err error) {
 	rep := resolvable
 	if pre == always {
 		rep = once
 	}
-	reply, sent, err := b.do(t, msg, rep)
+	reply, sent, err := b.do(budget, msg, rep)
 	if err != nil {
 		switch {
 		case errors.Is(err, nats.ErrNoResponders):

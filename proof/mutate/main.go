@@ -91,7 +91,7 @@ var mutations = []mutation{
 	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
 	{"a-lapsed-lock-is-handed-over", []edit{{"	if !time.Now().Before(l.validUntil()) {\n		l.giveBack()\n		return nil, ErrLockExpired\n	}\n	return l, nil\n", "	return l, nil\n"}}, []string{"load three-servers-routes-stalled"}},
 	{"takeover-before-the-end", []edit{
-		{"		if b.exists(t, &base) || t.left() <= minAttempt {", "		if b.exists(t, &base) && !b.expired(t, base.deadline-timestamp(100*time.Millisecond)) || t.left() <= minAttempt {"},
+		{"		if b.exists(budget, &base) || budget.left() <= minAttempt {", "		if b.exists(budget, &base) && !b.expired(budget, base.deadline-timestamp(100*time.Millisecond)) || budget.left() <= minAttempt {"},
 		{"for t := d.lapses.due(now); t != nil; t = d.lapses.due(now) {", "for t := d.lapses.due(now + 5e6); t != nil; t = d.lapses.due(now + 5e6) {"},
 	}, []string{inMemory, oneServer}},
 	{"refresh-after-the-end", []edit{
@@ -118,7 +118,7 @@ var mutations = []mutation{
 	{"an-estimate-is-good-enough", []edit{
 		{"!surely && (age > freshSample || !deadline.passed(now))", "!surely && age > freshSample"},
 	}, []string{"vague-clock"}},
-	{"expired-is-visible", []edit{{"	b.cache.learn(key, r)\n	if !b.exists(t, &r) {", "	b.cache.learn(key, r)\n	if r.revision == 0 || r.deleted {"}}, []string{"nats-model", "both-model"}},
+	{"expired-is-visible", []edit{{"	b.cache.learn(key, r)\n	if !b.exists(budget, &r) {", "	b.cache.learn(key, r)\n	if r.revision == 0 || r.deleted {"}}, []string{"nats-model", "both-model"}},
 	{"ttl-cut-to-seconds", []edit{
 		{"	t += min(extra, math.MaxInt64-t)\n	if whole := t.Truncate(time.Second); whole != t && whole <= maxServerTTL {\n		t = whole + time.Second\n	}\n", "	_, _ = extra, math.MaxInt64\n	t = max(t, time.Second).Truncate(time.Second)\n"},
 	}, []string{oneServer}},
@@ -130,7 +130,7 @@ var mutations = []mutation{
 		{"st.created < written && !st.replaced.passed(written)", "st.created < written"},
 	}, []string{"fuzz"}},
 	{"delete-writes-always", []edit{
-		{"err != nil || !b.exists(t, &base) {\n			return err\n		}\n		read = true", "err != nil {\n			return err\n		}\n		read = true"},
+		{"err != nil || !b.exists(budget, &base) {\n			return err\n		}\n		read = true", "err != nil {\n			return err\n		}\n		read = true"},
 	}, []string{"nats-model", "both-model"}},
 
 	// Reads and listings.
@@ -152,17 +152,17 @@ var mutations = []mutation{
 		{"if len(msg.Data) > 0 || len(msg.Header[\"Nats-Sequence\"]) > 0 {", "if false {"},
 	}, []string{"strangers"}},
 	{"keys-without-the-leader", []edit{
-		{"ends++; last >= upTo && (", "ends++; (true || last >= upTo) && ("},
-		{"case st.code == \"100\" && last < upTo:", "case st.code == \"\" && last < upTo && false:"},
+		{"ends++; l.last >= l.upTo && (", "ends++; (true || l.last >= l.upTo) && ("},
+		{"case st.code == \"100\" && l.last < l.upTo:", "case st.code == \"100\" && l.last < l.upTo && false:"},
 	}, []string{three}},
 	{"entries-with-the-deleted", []edit{
-		{"	for r := range b.existing(t, l) {\n", "	for i := range l.all {\n		r := &l.all[i]\n"},
+		{"	for r := range b.existing(budget, l) {\n", "	for i := range l.all {\n		r := &l.all[i]\n"},
 	}, []string{oneServer}},
 	{"a-batch-that-is-refused", []edit{{"if most := int(c.b.maxBatch.Load()); most > 0 {", "if most := int(c.b.maxBatch.Load()); most > 1<<30 {"}}, []string{"limits"}},
 
 	// Writes.
 	{"put-loops", []edit{
-		{"	base, err := b.contended(t, m.key)\n	if err != nil {\n		return record{}, err\n	}\n	return b.commit(t, m, base, always)\n", "	for {\n		base, err := b.contended(t, m.key)\n		if err != nil {\n			return record{}, err\n		}\n		if r, err := b.commit(t, m, base, ifUnchanged); err != errMoved || !t.wait(b.life) {\n			return r, err\n		}\n	}\n"},
+		{"	base, err := b.contended(budget, m.key)\n	if err != nil {\n		return record{}, err\n	}\n	return b.commit(budget, m, base, always)\n", "	for {\n		base, err := b.contended(budget, m.key)\n		if err != nil {\n			return record{}, err\n		}\n		if r, err := b.commit(budget, m, base, ifUnchanged); err != errMoved || !b.wait(budget) {\n			return r, err\n		}\n	}\n"},
 	}, []string{"starve"}},
 	{"publishes-while-disconnected", []edit{
 		{"		case nats.CONNECTED:\n			if e.status == nats.CONNECTED || late {", "		case nats.CONNECTED, nats.RECONNECTING:\n			if true {"},
