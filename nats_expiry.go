@@ -270,8 +270,9 @@ func (f *feed) expired(findings []finding) {
 		switch {
 		case f.alive[t.key] != t || t.revision != found.revision:
 			// It was refreshed, or is gone, as has been reported.
-		case !found.known:
-			// A write is under way, or nobody leads. Ask again.
+		case !found.known, t.unread && found.last == t.revision:
+			// A write is under way, nobody leads, or the value has not been
+			// delivered yet. Ask again.
 			f.expiries.set(&t.expiring, t.deadline)
 			f.deferred = time.Now().Add(20 * time.Millisecond)
 		case found.last > t.revision:

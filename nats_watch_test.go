@@ -582,3 +582,21 @@ func TestListingFailsAfterACut(t *testing.T) {
 	f.post(func() { f.endListing(listing{}, errStartOver) })
 	eventually(t, is(func() bool { return f.listed && f.alive["k"] != nil }), "it has listed again")
 }
+
+// TestExpiryBeforeDelivery: a value that was listed and has expired, and is still
+// to be delivered, is not reported as expired before that.
+func TestExpiryBeforeDelivery(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	f, w, err := s.feeds.join(context.Background(), pattern{wild: true}, true)
+	require.NoError(t, err)
+	defer s.feeds.leave(f, w)
+	alive := make(chan bool, 1)
+	require.True(t, f.post(func() {
+		f.track("k", &record{entry: entry{revision: 9}, deadline: 1}, true)
+		f.expired([]finding{{f.alive["k"], 9, probeResult{9, true}}})
+		alive <- f.alive["k"] != nil
+	}))
+	require.True(t, <-alive)
+}
