@@ -451,7 +451,7 @@ func (s *NATSStore) Lock(key string, ttl time.Duration) (Lock, error) {
 	if err != nil {
 		return nil, err
 	}
-	l, _, err := s.locks.lock(ctx, key, ttl)
+	l, _, err := s.locks.lock(ctx, key, ttl, record{})
 	if err != nil {
 		return nil, s.data.writeError("lock", key, err)
 	}

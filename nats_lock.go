@@ -17,6 +17,13 @@ import (
 // locksSuffix ends the name of the bucket that holds the locks of another.
 const locksSuffix = "-locks"
 
+// firstOp ends the operation that acquires a lock. Its owner's name comes before
+// it. Those that refresh and release it count on.
+const firstOp = ".0"
+
+// giveBackPause is how long about a lock that may be held is not looked for.
+const giveBackPause = 500 * time.Millisecond
+
 // lockSettingsLife is how old the settings of the bucket of locks may be when a
 // lock is granted: an operator may have made it unfit for locks.
 const lockSettingsLife = time.Minute
@@ -130,15 +137,15 @@ type natsLessor struct {
 }
 
 // lock acquires a lock that is free. If it is not, the record of its holder
-// says until when.
-func (s *natsLocks) lock(ctx context.Context, key string, ttl time.Duration) (l *lease, holder record, err error) {
+// says until when. last is the lock's last record, zero if that is not known.
+func (s *natsLocks) lock(ctx context.Context, key string, ttl time.Duration, last record) (l *lease, holder record, err error) {
 	budget := newBudget(ctx)
 	for again := false; ; again = true {
 		b, err := s.open(budget)
 		if err != nil {
 			return nil, record{}, err
 		}
-		l, holder, err = s.acquire(ctx, budget, b, key, ttl)
+		l, holder, err = s.acquire(ctx, budget, b, key, ttl, last)
 		if !errors.Is(err, jetstream.ErrBucketNotFound) || again {
 			return l, holder, err
 		}
@@ -146,15 +153,14 @@ func (s *natsLocks) lock(ctx context.Context, key string, ttl time.Duration) (l 
 	}
 }
 
-func (s *natsLocks) acquire(ctx context.Context, budget *retryBudget, b *bucket, key string, ttl time.Duration) (*lease, record, error) {
+func (s *natsLocks) acquire(ctx context.Context, budget *retryBudget, b *bucket, key string, ttl time.Duration, base record) (*lease, record, error) {
 	// A release is worth remembering; whether a lease has lapsed, only the
 	// server knows.
-	base := b.known(key)
-	if !base.deleted {
-		base = record{}
+	if known := b.known(key); base.revision == 0 && known.deleted {
+		base = known
 	}
 	owner := rand.Text()
-	m := mutation{key: key, op: owner + ".0", value: s.leaseData(ttl, 0), ttl: ttl}
+	m := mutation{key: key, op: owner + firstOp, value: s.leaseData(ttl, 0), ttl: ttl}
 	for {
 		budget.sent = time.Time{}
 		r, err := b.commit(budget, m, base, ifUnchanged)
@@ -164,6 +170,9 @@ func (s *natsLocks) acquire(ctx context.Context, budget *retryBudget, b *bucket,
 			return l, record{}, nil
 		}
 		if err != errMoved {
+			if errors.Is(err, ErrOutcomeUnknown) {
+				s.giveBack(b, key, owner, ttl)
+			}
 			return nil, record{}, err
 		}
 		if base, err = b.leaderLast(budget, key); err != nil {
@@ -174,6 +183,21 @@ func (s *natsLocks) acquire(ctx context.Context, budget *retryBudget, b *bucket,
 			return nil, base, ErrLockHeld
 		}
 	}
+}
+
+// giveBack releases a lock in the background that an attempt of unknown outcome may
+// have acquired, or may acquire yet: nobody knows that it is held.
+func (s *natsLocks) giveBack(b *bucket, key, owner string, ttl time.Duration) {
+	s.data.start(func() {
+		l := newLease(s.data.life, natsLessor{s, b}, key, ttl, time.Now(), 0)
+		l.owner, l.inDoubt = owner, true
+		for end := time.Now().Add(lockTimeout); ; {
+			err := natsLessor{s, b}.release(s.data.life, l)
+			if err == nil || s.data.pause(newBudget(s.data.life), giveBackPause, nil) != nil || time.Now().After(end) {
+				return
+			}
+		}
+	})
 }
 
 // leaseData is the value of a lease's record.
@@ -200,8 +224,8 @@ func (r *record) lockInfo(key string) *LockInfo {
 	return info
 }
 
-// holder returns the record of a lock that is held, or ErrNotFound. Where there
-// is no bucket, nothing was ever locked.
+// holder returns the record of a lock that is held, or else ErrNotFound, with the
+// last record if there is one. Where there is no bucket, nothing was ever locked.
 func (s *natsLocks) holder(budget *retryBudget, key string) (record, error) {
 	b, err := s.bind(budget)
 	if err != nil {
@@ -212,10 +236,7 @@ func (s *natsLocks) holder(budget *retryBudget, key string) (record, error) {
 		return record{}, notFoundIfGone(err)
 	}
 	if !b.exists(budget, &r) {
-		if r.deleted {
-			b.cache.learn(key, r) // for who acquires it now
-		}
-		return record{}, ErrNotFound
+		return r, ErrNotFound
 	}
 	return r, nil
 }

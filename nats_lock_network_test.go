@@ -203,7 +203,8 @@ func TestOneWaiterOnACluster(t *testing.T) {
 }
 
 // TestWaitEndsDuringAnAttempt: a wait that ends after its attempt to acquire the
-// lock was sent does not say that somebody else held the lock.
+// lock was sent does not say that somebody else held the lock. Nobody else has to
+// wait for the lease's end.
 func TestWaitEndsDuringAnAttempt(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, nil)
@@ -230,6 +231,13 @@ func TestWaitEndsDuringAnAttempt(t *testing.T) {
 	err = <-failed
 	assert.ErrorIs(t, err, ErrOutcomeUnknown)
 	assert.ErrorIs(t, err, context.Canceled)
+	// The attempt has acquired the lock, which the store gives back.
+	next := openStore(t, NATSStoreConfig{Conn: near, Bucket: "b"})
+	ctx, cancel = context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	lock, err := Acquire(ctx, next, "l", time.Minute)
+	require.NoError(t, err)
+	require.NoError(t, lock.Unlock())
 }
 
 // waiting reports whether somebody waits for a lock that was found held.

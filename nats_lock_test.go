@@ -382,32 +382,59 @@ func TestMutualExclusionAtLength(t *testing.T) {
 func TestNextLook(t *testing.T) {
 	asked := time.Now()
 	at := func(seconds float64) time.Time { return asked.Add(time.Duration(seconds * float64(time.Second))) }
+	chosen := func(q *lockQueue) *lockQueue {
+		q.chosen = q.heard
+		return q
+	}
+	release := func(seconds float64, op string) *lockQueue {
+		return &lockQueue{heard: op, released: lockNews{at: at(seconds), op: op}}
+	}
+	refresh := func(seconds float64, op string, until float64) *lockQueue {
+		return &lockQueue{heard: op, refreshed: lockNews{at(seconds), op, at(until)}}
+	}
+	claim := func(seconds float64, op string, until float64) *lockQueue {
+		return &lockQueue{heard: op, claimed: lockNews{at(seconds), op, at(until)}}
+	}
+	after := func(q, before *lockQueue) *lockQueue {
+		if q.released.at.IsZero() {
+			q.released = before.released
+		}
+		if q.refreshed.at.IsZero() {
+			q.refreshed = before.refreshed
+		}
+		if q.claimed.at.IsZero() {
+			q.claimed = before.claimed
+		}
+		return q
+	}
 	for name, c := range map[string]struct {
-		heard  lockNews
-		chosen string
-		want   time.Time
+		q    *lockQueue
+		want float64
 	}{
-		"nothing was heard":                   {want: at(10.1)},
-		"a release, and it is next":           {lockNews{at: at(3), op: "x.4", released: true}, "x.4", at(3)},
-		"a release, and another one is next":  {lockNews{at: at(3), op: "x.4", released: true}, "x.3", at(3.6)},
-		"a release while it was looking":      {lockNews{at: at(0.5), op: "x.4", released: true}, "x.4", at(0.5)},
-		"a release that was not stored yet":   {lockNews{at: at(-1), op: "x.4", released: true}, "x.4", at(3)},
-		"the same, and another one is next":   {lockNews{at: at(-1), op: "x.4", released: true}, "", at(10.6)},
-		"a release by somebody before":        {lockNews{at: at(-1), op: "w.4", released: true}, "w.4", at(10)},
-		"an operator's deletion":              {lockNews{at: at(3), released: true}, "", at(3.1)},
-		"a refresh, and it is next":           {lockNews{at: at(3), op: "x.4", until: at(13)}, "x.4", at(13)},
-		"a refresh, and another one is next":  {lockNews{at: at(3), op: "x.4", until: at(13)}, "x.3", at(13.6)},
-		"a refresh with a shorter lease":      {lockNews{at: at(3), op: "x.4", until: at(5)}, "x.4", at(10)},
-		"an attempt, and it is next":          {lockNews{at: at(3), op: "y.0", until: at(33)}, "y.0", at(4)},
-		"an attempt, and another one is next": {lockNews{at: at(3), op: "y.0", until: at(33)}, "x.3", at(13.6)},
-		"an attempt for a short lease":        {lockNews{at: at(3), op: "y.0", until: at(3.5)}, "y.0", at(3.5)},
-		"an attempt while it was looking":     {lockNews{at: at(0.5), op: "y.0", until: at(33)}, "y.0", at(10)},
+		"nothing was heard":                     {&lockQueue{}, 10.1},
+		"a release, and it is next":             {chosen(release(3, "x.4")), 3},
+		"a release, and another one is next":    {release(3, "x.4"), 3.6},
+		"a release while it was looking":        {chosen(release(0.5, "x.4")), 0.5},
+		"a release that was not stored yet":     {chosen(release(-1, "x.4")), 3},
+		"the same, and another one is next":     {release(-1, "x.4"), 10.6},
+		"a release by somebody before":          {chosen(release(-1, "w.4")), 10},
+		"an operator's deletion":                {release(3, ""), 3.1},
+		"a refresh, and it is next":             {chosen(refresh(3, "x.4", 13)), 13},
+		"a refresh, and another one is next":    {refresh(3, "x.4", 13), 13.6},
+		"a refresh with a shorter lease":        {chosen(refresh(3, "x.4", 5)), 10},
+		"an attempt during the lease":           {chosen(claim(3, "y.0", 33)), 10},
+		"an attempt after a refresh":            {chosen(after(claim(3, "y.0", 33), refresh(2, "x.4", 12))), 12},
+		"an attempt at its end, and it is next": {chosen(claim(9.9, "y.0", 33)), 10.9},
+		"the same, and another one is next ":    {claim(9.9, "y.0", 33), 20.5},
+		"an attempt after a release":            {chosen(after(claim(3, "y.0", 33), release(2.9, "x.4"))), 4},
+		"a release after an attempt":            {chosen(after(release(3.1, "y.1"), claim(3, "y.0", 33))), 3.1},
+		"an attempt for a short lease":          {chosen(after(claim(3, "y.0", 3.5), release(2.9, "x.4"))), 3.5},
+		"an attempt while it was looking":       {chosen(claim(0.5, "y.0", 33)), 10},
 	} {
-		q := lockQueue{heard: c.heard, chosen: c.chosen}
 		found := foundLock{
 			asked: asked, answered: at(1), owner: "x", until: at(10),
 			standby: 100 * time.Millisecond, yield: time.Second,
 		}
-		assert.Equal(t, c.want.Sub(asked), q.wake(&found).Sub(asked), name)
+		assert.InDelta(t, c.want, c.q.wake(&found).Sub(asked).Seconds(), 1e-6, name)
 	}
 }

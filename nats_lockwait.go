@@ -6,6 +6,7 @@ import (
 	"errors"
 	"math"
 	mathrand "math/rand/v2"
+	"strings"
 	"sync"
 	"time"
 
@@ -61,18 +62,20 @@ type lockQueue struct {
 	subs    []*nats.Subscription // none if the connection has refused to subscribe
 	news    chan struct{}        // of one slot: something below is new
 
-	mu     sync.Mutex // guards what follows
-	heard  lockNews   // the last one
-	chosen string     // the operation with which the server last chose this queue
+	mu        sync.Mutex // guards what follows
+	released  lockNews   // the last release that was heard,
+	refreshed lockNews   // the last refresh,
+	claimed   lockNews   // and the last attempt to acquire the lock
+	heard     string     // the operation that was heard last
+	chosen    string     // the operation with which the server last chose this queue
 }
 
 // A lockNews is what was published to a lock's subject, on its way to the bucket,
 // which may refuse it: so it is only ever a hint.
 type lockNews struct {
-	at       time.Time
-	op       string    // the operation
-	released bool      // it is a release
-	until    time.Time // otherwise, the end of the lease
+	at    time.Time // zero for none
+	op    string    // the operation, "" for another client's
+	until time.Time // the end of the lease
 }
 
 // noteHeld notes whether the first waiter has found the lock held.
@@ -97,7 +100,7 @@ func (w *lockWaits) released(key string) {
 	if q != nil {
 		q.note(func() {
 			q.chosen = rand.Text()
-			q.heard = lockNews{at: time.Now(), op: q.chosen, released: true}
+			q.heard, q.released = q.chosen, lockNews{at: time.Now(), op: q.chosen}
 		})
 	}
 }
@@ -113,8 +116,17 @@ func (q *lockQueue) note(change func()) {
 func (q *lockQueue) hear(msg *nats.Msg) {
 	st := decodeState(msg.Header.Get(headerState))
 	now := time.Now()
+	news := lockNews{now, st.op, now.Add(st.ttl)}
 	q.note(func() {
-		q.heard = lockNews{now, st.op, msg.Header.Get(headerOperation) != "", now.Add(st.ttl)}
+		q.heard = st.op
+		switch {
+		case msg.Header.Get(headerOperation) != "":
+			q.released = news
+		case strings.HasSuffix(st.op, firstOp):
+			q.claimed = news
+		default:
+			q.refreshed = news
+		}
 	})
 }
 
@@ -128,13 +140,13 @@ func (q *lockQueue) choose(msg *nats.Msg) {
 func (q *lockQueue) claimedSince(at time.Time) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.heard.at.After(at) && !q.heard.released
+	return q.claimed.at.After(at)
 }
 
 // await waits for a lock until ctx ends. Other errors than ErrLockHeld are
 // returned at once.
 func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (Lock, error) {
-	q, turn := s.waits.enter(s, key)
+	q, turn := s.waits.enter(key)
 	defer s.waits.leave(key, q, turn)
 	select {
 	case <-turn:
@@ -145,6 +157,9 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 		return nil, opError("lock", key, ctx.Err())
 	case <-s.data.life.Done():
 		return nil, ErrClosed
+	}
+	if q.subs == nil {
+		q.subscribe(s.data.nc, "$KV."+s.data.name+locksSuffix+"."+key)
 	}
 	// All who wait hear an attempt, and nobody hears a look. So it looks first,
 	// unless the lock was last released from here.
@@ -176,16 +191,17 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 func (s *natsLocks) ask(ctx context.Context, q *lockQueue, key string, ttl time.Duration, look, held bool) (*lease, record, error) {
 	if look {
 		asked := time.Now()
-		holder, err := s.holder(newBudget(ctx), key)
+		found, err := s.holder(newBudget(ctx), key)
 		switch {
 		case err == nil:
-			return nil, holder, ErrLockHeld
+			return nil, found, ErrLockHeld
 		case held && err == ErrNotFound && q.claimedSince(asked):
 			return nil, record{}, ErrLockHeld
 		}
 		// It is free, or the attempt says why not.
+		return s.lock(ctx, key, ttl, found)
 	}
-	return s.lock(ctx, key, ttl)
+	return s.lock(ctx, key, ttl, record{})
 }
 
 // releasedHere reports whether this store was the last to hold a lock, as far as
@@ -250,42 +266,44 @@ type foundLock struct {
 func (q *lockQueue) wake(found *foundLock) time.Time {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	heard, chosen := &q.heard, q.chosen != "" && q.chosen == q.heard.op
-	wake := found.until
-	switch {
-	case heard.released && heard.at.After(found.asked):
-		wake = heard.at
-	case heard.released && (heard.op == "" || holderOf(heard.op) == found.owner):
+	chosen := q.chosen != "" && q.chosen == q.heard
+	wait := func(d time.Duration) time.Duration {
+		if chosen {
+			return d
+		}
+		return d * unchosenFactor
+	}
+	free := found.until // from when on the lock may be free
+	if q.refreshed.by(found.owner) && q.refreshed.until.After(free) {
+		free = q.refreshed.until
+	}
+	tried := free.Add(-maxTrip) // who tries before that is refused; free is an estimate
+	switch r := &q.released; {
+	case r.at.After(found.asked):
+		free, tried = r.at, r.at
+	case r.at.After(q.refreshed.at) && (r.op == "" || r.by(found.owner)):
 		// The request has overtaken the holder's release, or that by an operator:
 		// the leader had not stored it yet.
-		pause := max(releasePause, found.answered.Sub(heard.at))
-		if !chosen {
-			pause *= unchosenFactor
-		}
-		wake = earlier(wake, found.answered.Add(pause))
-	case heard.released:
-		// It was a release before what was found, or a refused one.
-	case holderOf(heard.op) == found.owner:
-		if heard.until.After(wake) {
-			wake = heard.until // it was refreshed
-		}
-	case heard.at.After(found.answered):
-		// Somebody else tries, and almost always succeeds. The chosen waiter looks
-		// whether it did.
-		yield := found.yield
-		if !chosen {
-			yield *= unchosenFactor
-		}
-		wake = earlier(heard.until, heard.at.Add(yield))
+		free = earlier(free, found.answered.Add(wait(max(releasePause, found.answered.Sub(r.at)))))
+		tried = r.at
+	}
+	wake := free
+	if c := &q.claimed; c.at.After(found.answered) && c.at.After(tried) {
+		// Somebody else has tried when it was free, and almost always succeeds. The
+		// chosen waiter looks whether it did.
+		wake = earlier(c.until, c.at.Add(wait(found.yield)))
 	}
 	switch {
 	case chosen:
 		return wake
-	case heard.op != "":
+	case q.heard != "":
 		wake = wake.Add(standbyDelay) // somebody else was
 	}
 	return wake.Add(found.standby)
 }
+
+// by reports whether the news is of the acquisition of an owner.
+func (n *lockNews) by(owner string) bool { return !n.at.IsZero() && holderOf(n.op) == owner }
 
 // standby returns how long a waiter stands by where nobody was chosen; trip is how
 // long its last request took. Nobody knows how many others stand by. So the times
@@ -315,7 +333,7 @@ func (s *natsLocks) lockClock() timestamp {
 
 // enter joins the waiters for a lock. turn is closed when the caller is the
 // first of them.
-func (w *lockWaits) enter(s *natsLocks, key string) (q *lockQueue, turn chan struct{}) {
+func (w *lockWaits) enter(key string) (q *lockQueue, turn chan struct{}) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	turn = make(chan struct{})
@@ -326,9 +344,6 @@ func (w *lockWaits) enter(s *natsLocks, key string) (q *lockQueue, turn chan str
 			w.queue = make(map[string]*lockQueue)
 		}
 		w.queue[key] = q
-		// This needs no consumer. A client that lacks the permission hears
-		// nothing, and looks when the lease should end.
-		q.subscribe(s.data.nc, "$KV."+s.data.name+locksSuffix+"."+key)
 	}
 	if q.waiters = append(q.waiters, turn); len(q.waiters) == 1 {
 		close(turn)
@@ -336,6 +351,8 @@ func (w *lockWaits) enter(s *natsLocks, key string) (q *lockQueue, turn chan str
 	return q, turn
 }
 
+// subscribe has the queue hear of the lock. It needs no consumer. A client that
+// lacks the permission hears nothing, and looks when the lease should end.
 func (q *lockQueue) subscribe(nc *nats.Conn, subject string) {
 	sub, err := nc.Subscribe(subject, q.hear)
 	if err != nil {
@@ -360,10 +377,14 @@ func (w *lockWaits) leave(key string, q *lockQueue, turn chan struct{}) {
 			break
 		}
 	}
-	if len(q.waiters) == 0 {
-		delete(w.queue, key)
-		for _, sub := range q.subs {
-			_ = sub.Unsubscribe()
-		}
+	if len(q.waiters) > 0 {
+		return
 	}
+	delete(w.queue, key)
+	subs := q.subs
+	w.mu.Unlock() // the connection may be stalled
+	for _, sub := range subs {
+		_ = sub.Unsubscribe()
+	}
+	w.mu.Lock()
 }
