@@ -233,9 +233,9 @@ func TestWaitEndsDuringAnAttempt(t *testing.T) {
 	assert.ErrorIs(t, err, context.Canceled)
 	// The attempt has acquired the lock, which the store gives back.
 	next := openStore(t, NATSStoreConfig{Conn: near, Bucket: "b"})
-	ctx, cancel = context.WithTimeout(context.Background(), 20*time.Second)
-	defer cancel()
-	lock, err := Acquire(ctx, next, "l", time.Minute)
+	within, end := context.WithTimeout(context.Background(), 20*time.Second)
+	defer end()
+	lock, err := Acquire(within, next, "l", time.Minute)
 	require.NoError(t, err)
 	require.NoError(t, lock.Unlock())
 }
