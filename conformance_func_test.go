@@ -368,6 +368,32 @@ var acquireCases = []conformanceCase{
 			require.NoError(t, next.Unlock())
 		}
 	}},
+	{"acquire-takes-turns", "who has waited for a lock, releases it and waits for it again at once, does not keep it from others that wait", func(t *testing.T, dial func() Store) {
+		if _, ok := dial().(lockWaiter); !ok {
+			t.Skip("a store that wraps another one is asked again and again")
+		}
+		const enough, most = 5, 200
+		var had [2]atomic.Int64
+		var wg sync.WaitGroup
+		first := mustLock(t, dial(), "l", time.Minute)
+		for i := range had {
+			s := dial()
+			wg.Go(func() {
+				for had[0].Load() < enough || had[1].Load() < enough {
+					l, err := Acquire(context.Background(), s, "l", time.Minute)
+					if !assert.NoError(t, err) || had[i].Add(1) > most {
+						assert.Fail(t, "one of two has it all the time", "%d and %d times", had[0].Load(), had[1].Load())
+						return
+					}
+					time.Sleep(time.Millisecond) // it does something
+					assert.NoError(t, l.Unlock())
+				}
+			})
+		}
+		time.Sleep(200 * time.Millisecond) // both wait
+		require.NoError(t, first.Unlock())
+		wg.Wait()
+	}},
 	{"acquire-errors", "when ctx ends Acquire returns the bare ErrLockHeld if somebody held the lock to the last, else an error that wraps the context's", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		l := mustLock(t, a, "l", time.Minute)

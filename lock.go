@@ -52,6 +52,8 @@ type lease struct {
 	owner    string // distinguishes this acquisition from any other
 	inDoubt  bool   // the fate of a write is not known: the record may be a later one
 	writes   int    // how many there have been since
+	// contended says that the holder had to wait for the lock.
+	contended bool
 }
 
 // A sharedRefresh is a Refresh whose result serves all who asked meanwhile.

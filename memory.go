@@ -607,7 +607,8 @@ func (s *MemoryStore) Lock(key string, ttl time.Duration) (Lock, error) {
 
 // grant acquires a lock that is free. If it is held, grant returns ErrLockHeld
 // and the deadline of the lease, and queues wake, if it is not nil, to be filled
-// when it is worth asking again.
+// when it is worth asking again. The same, without a deadline, if it is the turn of
+// others in the queue.
 func (s *MemoryStore) grant(key string, ttl time.Duration, wake chan struct{}) (*lease, timestamp, error) {
 	asked := time.Now()
 	d, err := s.lock("lock", key)
@@ -627,6 +628,14 @@ func (s *MemoryStore) grant(key string, ttl time.Duration, wake chan struct{}) (
 			d.waiters[key] = append(d.waiters[key], wake)
 		}
 		return nil, held.deadline, ErrLockHeld
+	}
+	if waiting := d.waiters[key]; wake != nil && len(waiting) > 0 && waiting[0] != wake {
+		// Who has just released it, and waits again, would always be first.
+		if !slices.Contains(waiting, wake) {
+			d.waiters[key] = append(waiting, wake)
+		}
+		d.wakeFirst(key)
+		return nil, 0, ErrLockHeld
 	}
 	d.lockRevision++
 	held := &memoryLock{expiring: expiring{key: key}, token: d.lockRevision}

@@ -49,6 +49,9 @@ type record struct {
 	// are estimates from below: the writer does not learn the server's. It is
 	// uncertain if even whether the key came into being with it depends on that.
 	estimated, uncertain bool
+	// contended says, of a lock that this store has released, that it had waited
+	// for it.
+	contended bool
 }
 
 // exists reports whether the key exists at now.

@@ -2,6 +2,7 @@ package state
 
 import (
 	"math"
+	"math/rand/v2"
 	"time"
 )
 
@@ -14,6 +15,10 @@ const (
 	maxRelist = 10 * time.Minute
 	// recentDeletionLife is how long a reportedDeletion is remembered.
 	recentDeletionLife = 10 * time.Second
+	// expiryPause is how long about a feed waits before it asks again about what
+	// has expired. The pauses grow, up to maxExpiryPause.
+	expiryPause    = 20 * time.Millisecond
+	maxExpiryPause = time.Second
 	// maxOverdue is how long after a deadline a feed that is behind asks about it.
 	maxOverdue = timestamp(400 * time.Millisecond)
 )
@@ -21,11 +26,12 @@ const (
 // The liveKeys of a feed are the matching keys that exist as far as it has
 // reported, and what it needs to find out when they do not exist any more.
 type liveKeys struct {
-	alive    map[string]*tracked
-	expiries expiryQueue
-	deferred time.Time // until when it does not look at what has expired
-	overdue  bool      // something has expired, but there is more to read first
-	asking   bool      // what has expired is being found out
+	alive     map[string]*tracked
+	expiries  expiryQueue
+	deferred  time.Time // until when it does not look at what has expired
+	overdue   bool      // something has expired, but there is more to read first
+	unsettled int       // how many times in a row what had expired could not be found out
+	asking    bool      // what has expired is being found out
 
 	// Until the keys that existed before are listed, and during each later
 	// listing, touched has the revisions that were read.
@@ -205,7 +211,7 @@ func (f *feed) expire() {
 	}
 	if f.overdue = f.behind() && !f.expiries.anyDue(now-maxOverdue); f.overdue {
 		// What is on its way here may be refreshes: nothing need be asked then.
-		f.deferred = time.Now().Add(20 * time.Millisecond)
+		f.deferred = time.Now().Add(expiryPause)
 		return
 	}
 	f.asking = true
@@ -265,16 +271,17 @@ func (f *feed) probe(keys []*tracked, then func([]finding)) {
 // expired reports the expiries of keys that were due, by what the leader has.
 func (f *feed) expired(findings []finding) {
 	f.asking = false
+	again := false
 	for _, found := range findings {
 		t := found.t
 		switch {
 		case f.alive[t.key] != t || t.revision != found.revision:
 			// It was refreshed, or is gone, as has been reported.
 		case !found.known, t.unread && found.last == t.revision:
-			// A write is under way, nobody leads, or the value has not been
-			// delivered yet. Ask again.
+			// A write is under way, nobody leads, the value has not been delivered
+			// yet, or the server is overloaded. Ask again.
 			f.expiries.set(&t.expiring, t.deadline)
-			f.deferred = time.Now().Add(20 * time.Millisecond)
+			again = true
 		case found.last > t.revision:
 			// It was replaced, in time or not: what is on its way here decides.
 			f.unconfirmed[t.key] = t
@@ -282,6 +289,13 @@ func (f *feed) expired(findings []finding) {
 			f.reportDeletion(t, t.revision, t.deadline)
 		}
 	}
+	if !again {
+		f.unsettled = 0
+		return
+	}
+	pause := min(expiryPause<<min(f.unsettled, 10), maxExpiryPause)
+	f.unsettled++
+	f.deferred = time.Now().Add(pause/2 + rand.N(pause))
 }
 
 // verify looks whether keys that seem to have been removed without a message

@@ -300,9 +300,13 @@ func (n natsLessor) release(ctx context.Context, l *lease) error {
 		defer r.stop()
 		n.b = n.b.on(r)
 	}
-	_, err := n.write(newBudget(ctx), l, mutation{marker: true, ttl: minTombstoneTTL})
+	r, err := n.write(newBudget(ctx), l, mutation{marker: true, ttl: minTombstoneTTL})
 	switch {
 	case err == nil:
+		if l.contended {
+			r.contended = true
+			n.b.cache.learn(l.key, r)
+		}
 		if n.s.missesReleases {
 			n.s.waits.released(l.key)
 		}

@@ -162,14 +162,22 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 		q.subscribe(s.data.nc, "$KV."+s.data.name+locksSuffix+"."+key)
 	}
 	// All who wait hear an attempt, and nobody hears a look. So it looks first,
-	// unless the lock was last released from here.
-	look := !s.releasedHere(key)
+	// unless the lock was last released from here. It lets the others go first if
+	// it had waited for the lock then: they have hardly heard of the release.
+	last := s.releasedHere(key)
+	look := last == nil || last.contended
+	if look && last != nil {
+		if err := s.data.pause(newBudget(ctx), standby(0), nil); err != nil {
+			return nil, opError("lock", key, err)
+		}
+	}
 	for held := false; ; held, look = true, true {
 		asked := time.Now()
 		l, holder, err := s.ask(ctx, q, key, ttl, look, held)
 		switch {
 		case err == nil:
-			s.waits.noteHeld(q, true)    // by this store
+			s.waits.noteHeld(q, true) // by this store
+			l.contended = held
 			l.ctx = context.Background() // ctx bounds only the wait
 			return l.handOver()
 		case err == ErrLockHeld:
@@ -204,15 +212,17 @@ func (s *natsLocks) ask(ctx context.Context, q *lockQueue, key string, ttl time.
 	return s.lock(ctx, key, ttl, record{})
 }
 
-// releasedHere reports whether this store was the last to hold a lock, as far as
-// it knows, and has released it.
-func (s *natsLocks) releasedHere(key string) bool {
+// releasedHere returns the record of a lock's release if this store was the last
+// to hold the lock, as far as it knows, or nil.
+func (s *natsLocks) releasedHere(key string) *record {
 	b := s.opened()
 	if b == nil {
-		return false
+		return nil
 	}
-	last := b.known(key)
-	return last.deleted && last.estimated
+	if last := b.known(key); last.deleted && last.estimated {
+		return &last
+	}
+	return nil
 }
 
 // sleep waits until the lock may be free. holder is the record that a request made
