@@ -19,6 +19,10 @@ const (
 	// has expired. The pauses grow, up to maxExpiryPause.
 	expiryPause    = 20 * time.Millisecond
 	maxExpiryPause = time.Second
+	// firstWindow is of how many keys that have expired a feed asks at first. It
+	// asks of more at a time when all were answered, and of fewer when one was
+	// not: others may ask about the same keys, and overload the server.
+	firstWindow = 32
 	// maxOverdue is how long after a deadline a feed that is behind asks about it.
 	maxOverdue = timestamp(400 * time.Millisecond)
 )
@@ -31,6 +35,7 @@ type liveKeys struct {
 	deferred  time.Time // until when it does not look at what has expired
 	overdue   bool      // something has expired, but there is more to read first
 	unsettled int       // how many times in a row what had expired could not be found out
+	window    int       // of how many keys it asks at a time
 	asking    bool      // what has expired is being found out
 
 	// Until the keys that existed before are listed, and during each later
@@ -55,7 +60,7 @@ func newLiveKeys(follow bool) liveKeys {
 	return liveKeys{
 		alive: make(map[string]*tracked), touched: make(map[string]uint64),
 		recentDeletions: make(map[string]reportedDeletion), unconfirmed: make(map[string]*tracked),
-		expecting: follow, listPause: stateLife, floor: math.MaxUint64,
+		expecting: follow, listPause: stateLife, floor: math.MaxUint64, window: firstWindow,
 	}
 }
 
@@ -225,7 +230,7 @@ func (f *feed) expire() {
 				f.deferred = time.Now().Add(checkInterval)
 				return
 			}
-			f.probe(f.due(timestamp(info.Now.UnixNano())), f.expired)
+			f.probe(f.due(timestamp(info.Now.UnixNano()), f.window), f.expired)
 		})
 	})
 }
@@ -234,10 +239,14 @@ func (f *feed) expire() {
 // message was delivered.
 func (f *feed) behind() bool { return f.pending > 0 || len(f.source.mail) > 0 }
 
-// due takes out what has come to its deadline.
-func (f *feed) due(now timestamp) []*tracked {
+// due takes out what has come to its deadline, at most so many keys.
+func (f *feed) due(now timestamp, most int) []*tracked {
 	var due []*tracked
-	for t := f.expiries.due(now); t != nil; t = f.expiries.due(now) {
+	for len(due) < most {
+		t := f.expiries.due(now)
+		if t == nil {
+			break
+		}
 		due = append(due, f.alive[t.key])
 	}
 	return due
@@ -291,8 +300,14 @@ func (f *feed) expired(findings []finding) {
 	}
 	if !again {
 		f.unsettled = 0
+		if len(findings) < f.window {
+			f.window = firstWindow // that was all
+		} else {
+			f.window = min(2*f.window, probeWindow)
+		}
 		return
 	}
+	f.window = max(f.window/4, 1)
 	pause := min(expiryPause<<min(f.unsettled, 10), maxExpiryPause)
 	f.unsettled++
 	f.deferred = time.Now().Add(pause/2 + rand.N(pause))

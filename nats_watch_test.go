@@ -600,3 +600,29 @@ func TestExpiryBeforeDelivery(t *testing.T) {
 	}))
 	require.True(t, <-alive)
 }
+
+// TestExpiryRequests: what a watch asks when keys expire, as the README says.
+func TestExpiryRequests(t *testing.T) {
+	t.Parallel()
+	const keys = 50
+	srv := startServer(t, nil)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	writer := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	watch := observe(mustWatch(t, s, "k.*"))
+	for i := range keys {
+		require.NoError(t, writer.Put(fmt.Sprintf("k.%d", i), nil, time.Second))
+	}
+	eventually(t, func() bool { return watch.last(fmt.Sprintf("k.%d", keys-1)) != nil }, "all puts")
+	requests := spent(s, func() {
+		eventually(t, func() bool {
+			for i := range keys {
+				if watch.last(fmt.Sprintf("k.%d", i)).Operation != OpDelete {
+					return false
+				}
+			}
+			return true
+		}, "all expiries")
+	})
+	assert.GreaterOrEqual(t, requests, keys)
+	assert.LessOrEqual(t, requests, 2*keys+5, "and what it asks now and then")
+}

@@ -186,7 +186,7 @@ type LockInfo struct {
 	// Token is the holder's fencing token, see [Fenced].
 	Token uint64
 	// Expires is when the lease lapses unless it is refreshed, by the store's
-	// clock.
+	// clock. It is zero if that is later than 2262.
 	Expires time.Time
 }
 

@@ -172,7 +172,7 @@ var mutations = []mutation{
 	{"locks-in-memory", []edit{{"	case c.Storage != \"file\":\n", "	case false:\n"}}, []string{"unfit-locks"}},
 	{"locks-in-a-bucket-with-max-age", []edit{{"	case c.MaxAge > 0:\n", "	case false:\n"}}, []string{"unfit-locks"}},
 	{"waiters-poll", []edit{{"		if len(q.subs) == 0 || s.missesReleases {\n			wake = earlier(wake, answered.Add(missedReleaseCheck))", "		if true {\n			wake = earlier(wake, answered.Add(30*time.Millisecond))"}}, []string{"waiting"}},
-	{"waiters-all-at-once", []edit{{"	case chosen:\n		return wake\n	case heard.op", "	case true:\n		return wake\n	case heard.op"}}, []string{"next"}},
+	{"waiters-all-at-once", []edit{{"	case chosen:\n		return wake\n	case q.heard", "	case true:\n		return wake\n	case q.heard"}}, []string{"next"}},
 	{"refresh-by-the-estimate", []edit{{"	r, err := n.write(newBudget(ctx), l, mutation{value: n.s.leaseData(l.ttl, l.token), ttl: l.ttl})\n", "	if n.b.expired(newBudget(ctx), n.b.cache.recall(l.key).deadline) {\n		return ErrLockExpired\n	}\n	r, err := n.write(newBudget(ctx), l, mutation{value: n.s.leaseData(l.ttl, l.token), ttl: l.ttl})\n"}}, []string{"refreshes"}},
 
 	// Watches, Follow and Cache.
