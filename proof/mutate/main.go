@@ -190,12 +190,12 @@ var mutations = []mutation{
 		{"from: cursor + 1, batch", "from: a.info.State.LastSeq + 1, batch"},
 	}, []string{"load one-server-clients-cut"}},
 	{"watch-reports-early-expiries", []edit{
-		{"f.probe(f.due(timestamp(info.Now.UnixNano())), f.expired)", "f.probe(f.due(timestamp(info.Now.UnixNano())+1e9), f.expired)"},
+		{"f.probe(f.due(timestamp(info.Now.UnixNano()), f.window), f.expired)", "f.probe(f.due(timestamp(info.Now.UnixNano())+1e9, f.window), f.expired)"},
 		{"	now := f.b.clock.now()\n	if f.source == nil || f.asking", "	now := f.b.clock.now() + 1e9\n	if f.source == nil || f.asking"},
 		{"time.Duration(next-f.b.clock.now())", "time.Duration(next-f.b.clock.now())-time.Second"},
 	}, []string{"nats-suite", oneServer}},
 	{"expiry-without-the-probe", []edit{
-		{"f.probe(f.due(timestamp(info.Now.UnixNano())), f.expired)", "due := []finding{}\n			for _, t := range f.due(timestamp(info.Now.UnixNano())) {\n				due = append(due, finding{t: t, revision: t.revision, probeResult: probeResult{last: t.revision, known: true}})\n			}\n			f.expired(due)"},
+		{"f.probe(f.due(timestamp(info.Now.UnixNano()), f.window), f.expired)", "due := []finding{}\n			for _, t := range f.due(timestamp(info.Now.UnixNano()), f.window) {\n				due = append(due, finding{t: t, revision: t.revision, probeResult: probeResult{last: t.revision, known: true}})\n			}\n			f.expired(due)"},
 	}, []string{"at-the-deadline"}},
 	{"expiry-twice-after-a-listing", []edit{{"		over = l.now // what expired before was tracked: it was reported, or will be\n", ""}}, []string{"load one-server-restarts"}},
 	{"no-grace", []edit{{"	expiryGrace = 2 * time.Second\n", "	expiryGrace = 0 * time.Second\n"}}, []string{"near-its-opening"}},
