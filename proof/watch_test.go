@@ -18,12 +18,21 @@ type sighting struct {
 	op       state.Operation
 }
 
+// removed reports whether a deletion is one that left no message, as that of a
+// key in a full bucket: it has the revision of the value, and the time at which it
+// was found.
+func (l *load) removed(kv *state.KeyValue) bool {
+	put, seen := l.sightings.Load(sighting{kv.Revision, state.OpPut})
+	return kv.Operation == state.OpDelete && seen && put.(*state.KeyValue).Expires.IsZero()
+}
+
 // show holds what a reader was shown against what others were.
 func (l *load) show(kv *state.KeyValue) {
 	is := *kv
 	before, known := l.sightings.LoadOrStore(sighting{kv.Revision, kv.Operation}, &is)
 	if was := before.(*state.KeyValue); known {
-		same := was.Key == kv.Key && string(was.Value) == string(kv.Value) && was.Created.Equal(kv.Created) && was.Modified.Equal(kv.Modified)
+		same := was.Key == kv.Key && string(was.Value) == string(kv.Value) && was.Created.Equal(kv.Created) &&
+			(was.Modified.Equal(kv.Modified) || l.removed(kv))
 		if !same || !l.loose && !was.Expires.Equal(kv.Expires) {
 			l.broke("revision %d was %+v to one reader and %+v to another", kv.Revision, brief(was), brief(kv))
 		}
