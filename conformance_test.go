@@ -428,12 +428,12 @@ var ttlCases = []conformanceCase{
 			require.NoError(t, s.Put(key, nil, ttl))
 			assert.Equal(t, "put "+key, brief(receive(t, events)))
 		}
-		put("longer", 300*time.Millisecond)
-		put("cleared", 300*time.Millisecond)
+		put("longer", time.Second)
+		put("cleared", time.Second)
 		put("shorter", time.Hour)
 		put("longer", time.Hour)
 		put("cleared", 0)
-		put("shorter", 350*time.Millisecond)
+		put("shorter", 1050*time.Millisecond) // by then those of the others would have passed
 		assert.Equal(t, "delete shorter", brief(receive(t, events)))
 		keys, err := s.Keys("*")
 		require.NoError(t, err)
