@@ -300,7 +300,7 @@ func (sc scenario) run(t *testing.T, d time.Duration) (r result) {
 	v := l.check(windows, 20*time.Second)
 	r.histories, r.undecided, r.stale = v.histories, v.undecided, v.stale
 	r.broken = append(l.broken, v.faults...)
-	for _, w := range l.wrongLists {
+	for _, w := range l.suspects {
 		if i := slices.IndexFunc(windows, func(x window) bool { return w.ret >= x.from && w.call <= x.to }); i >= 0 {
 			r.stale = append(r.stale, staleRead{w.text, time.Duration(w.ret - windows[i].from)})
 		} else {

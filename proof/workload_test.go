@@ -41,8 +41,8 @@ type load struct {
 	written   map[string][]*write          // by key, in the order of the calls
 	values    map[string]map[string]*write // by key and value
 
-	wrongLists []wrongList
-	notes      []string
+	suspects []suspect
+	notes    []string
 
 	lockCycles, ttlChecks, events, listings, cacheReads, cutShort atomic.Int64
 	cut                                                           atomic.Bool // a client was cut off
@@ -861,7 +861,7 @@ func (l *load) useLists(ctx context.Context, client int, writer, reader state.St
 		case err != nil:
 			l.unexpected("keys", err)
 		case !slices.Equal(got, want):
-			l.list(call, fmt.Sprintf("listed %q instead of %q", got, want))
+			l.suspect(call, fmt.Sprintf("listed %q instead of %q", got, want))
 		default:
 			l.listings.Add(1)
 		}
@@ -869,14 +869,15 @@ func (l *load) useLists(ctx context.Context, client int, writer, reader state.St
 	}
 }
 
-// list notes a listing that is not right. Within a window that may be excused.
-func (l *load) list(call int64, text string) {
+// suspect notes a listing or an expiry that is not right. Within a window that may
+// be excused.
+func (l *load) suspect(call int64, text string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.wrongLists = append(l.wrongLists, wrongList{call, l.now(), text})
+	l.suspects = append(l.suspects, suspect{call, l.now(), text})
 }
 
-type wrongList struct {
+type suspect struct {
 	call, ret int64
 	text      string
 }
