@@ -258,6 +258,20 @@ func (l *load) endWatches(reader state.Store, cache *state.Cache) {
 	if err := eventually(l.catchUp, func() error { return sameAsCache(final, cache) }); err != nil {
 		l.broke("cache: %v", err)
 	}
+	l.mu.Lock()
+	agree := len(l.broken) == 0
+	l.mu.Unlock()
+	if agree {
+		return
+	}
+	// Was it the list?
+	again, err := reader.Entries("*")
+	l.note(-1, "the last list had %d keys; now there are %d: %v", len(entries), len(again), err)
+	for _, kv := range again {
+		if final[kv.Key] == nil && !strings.HasPrefix(kv.Key, noise) && !strings.HasPrefix(kv.Key, "ttl") {
+			l.broke("%s, revision %d, was missing in the last list, and is there", kv.Key, kv.Revision)
+		}
+	}
 }
 
 // eventually tries until that succeeds, or the time is over.
