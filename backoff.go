@@ -12,11 +12,16 @@ import (
 // together.
 type backoff struct{ pause, max time.Duration }
 
-// wait waits for the next pause, but for no longer than limit, or until ctx ends.
-func (b *backoff) wait(ctx context.Context, limit time.Duration) {
+// next returns the next pause.
+func (b *backoff) next() time.Duration {
 	pause := b.pause/2 + jitter(b.pause)
 	b.pause = min(2*b.pause, b.max)
-	sleep(ctx, min(pause, limit))
+	return pause
+}
+
+// wait waits for the next pause, but for no longer than limit, or until ctx ends.
+func (b *backoff) wait(ctx context.Context, limit time.Duration) {
+	sleep(ctx, min(b.next(), limit))
 }
 
 // jitter returns a random duration below d. The clock is its seed: that differs

@@ -433,7 +433,7 @@ var ttlCases = []conformanceCase{
 		put("shorter", time.Hour)
 		put("longer", time.Hour)
 		put("cleared", 0)
-		put("shorter", 1050*time.Millisecond) // by then those of the others would have passed
+		put("shorter", 1050*time.Millisecond) // ends after the first deadlines of the other keys
 		assert.Equal(t, "delete shorter", brief(receive(t, events)))
 		keys, err := s.Keys("*")
 		require.NoError(t, err)

@@ -624,16 +624,13 @@ func (s *MemoryStore) grant(key string, ttl time.Duration, wake chan struct{}) (
 		delete(d.locks, t.key)
 	}
 	if held := d.locks[key]; held != nil {
-		if wake != nil && !slices.Contains(d.waiters[key], wake) {
-			d.waiters[key] = append(d.waiters[key], wake)
-		}
+		d.addWaiter(key, wake)
 		return nil, held.deadline, ErrLockHeld
 	}
 	if waiting := d.waiters[key]; wake != nil && len(waiting) > 0 && waiting[0] != wake {
-		// Who has just released it, and waits again, would always be first.
-		if !slices.Contains(waiting, wake) {
-			d.waiters[key] = append(waiting, wake)
-		}
+		// Otherwise a client that released the lock and waits for it again would
+		// always get it first.
+		d.addWaiter(key, wake)
 		d.wakeFirst(key)
 		return nil, 0, ErrLockHeld
 	}
@@ -695,6 +692,14 @@ func (d *memoryData) leave(key string, wake chan struct{}) {
 func (d *memoryData) wakeFirst(key string) {
 	if waiting := d.waiters[key]; len(waiting) > 0 {
 		notify(waiting[0])
+	}
+}
+
+// addWaiter puts a waiter into the queue, unless it is nil or there already. The
+// caller holds mu.
+func (d *memoryData) addWaiter(key string, wake chan struct{}) {
+	if wake != nil && !slices.Contains(d.waiters[key], wake) {
+		d.waiters[key] = append(d.waiters[key], wake)
 	}
 }
 

@@ -2,7 +2,6 @@ package state
 
 import (
 	"math"
-	"math/rand/v2"
 	"time"
 )
 
@@ -30,13 +29,13 @@ const (
 // The liveKeys of a feed are the matching keys that exist as far as it has
 // reported, and what it needs to find out when they do not exist any more.
 type liveKeys struct {
-	alive     map[string]*tracked
-	expiries  expiryQueue
-	deferred  time.Time // until when it does not look at what has expired
-	overdue   bool      // something has expired, but there is more to read first
-	unsettled int       // how many times in a row what had expired could not be found out
-	window    int       // of how many keys it asks at a time
-	asking    bool      // what has expired is being found out
+	alive    map[string]*tracked
+	expiries expiryQueue
+	deferred time.Time // until when it does not look at what has expired
+	overdue  bool      // something has expired, but there is more to read first
+	again    backoff   // the pauses while what has expired cannot be found out
+	window   int       // of how many keys it asks at a time
+	asking   bool      // what has expired is being found out
 
 	// Until the keys that existed before are listed, and during each later
 	// listing, touched has the revisions that were read.
@@ -61,6 +60,7 @@ func newLiveKeys(follow bool) liveKeys {
 		alive: make(map[string]*tracked), touched: make(map[string]uint64),
 		recentDeletions: make(map[string]reportedDeletion), unconfirmed: make(map[string]*tracked),
 		expecting: follow, listPause: stateLife, floor: math.MaxUint64, window: firstWindow,
+		again: backoff{expiryPause, maxExpiryPause},
 	}
 }
 
@@ -280,7 +280,7 @@ func (f *feed) probe(keys []*tracked, then func([]finding)) {
 // expired reports the expiries of keys that were due, by what the leader has.
 func (f *feed) expired(findings []finding) {
 	f.asking = false
-	again := false
+	unsettled := false
 	for _, found := range findings {
 		t := found.t
 		switch {
@@ -290,7 +290,7 @@ func (f *feed) expired(findings []finding) {
 			// A write is under way, nobody leads, the value has not been delivered
 			// yet, or the server is overloaded. Ask again.
 			f.expiries.set(&t.expiring, t.deadline)
-			again = true
+			unsettled = true
 		case found.last > t.revision:
 			// It was replaced, in time or not: what is on its way here decides.
 			f.unconfirmed[t.key] = t
@@ -298,8 +298,8 @@ func (f *feed) expired(findings []finding) {
 			f.reportDeletion(t, t.revision, t.deadline)
 		}
 	}
-	if !again {
-		f.unsettled = 0
+	if !unsettled {
+		f.again.pause = expiryPause
 		if len(findings) < f.window {
 			f.window = firstWindow // that was all
 		} else {
@@ -308,9 +308,7 @@ func (f *feed) expired(findings []finding) {
 		return
 	}
 	f.window = max(f.window/4, 1)
-	pause := min(expiryPause<<min(f.unsettled, 10), maxExpiryPause)
-	f.unsettled++
-	f.deferred = time.Now().Add(pause/2 + rand.N(pause))
+	f.deferred = time.Now().Add(f.again.next())
 }
 
 // verify looks whether keys that seem to have been removed without a message

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -26,6 +25,10 @@ const (
 	// watchLife is how long a server keeps the consumer of a feed that went
 	// away without a word.
 	watchLife = 10 * time.Second
+	// attachPause is the first pause before a feed tries to attach again, about, and
+	// maxAttachPause the longest.
+	attachPause    = 20 * time.Millisecond
+	maxAttachPause = 500 * time.Millisecond
 	// maxLag is how long a consumer may stay behind the leader without getting on.
 	maxLag = 10 * time.Second
 	// refusedFor is how long a feed that is refused tries to attach again
@@ -67,7 +70,7 @@ func newFeed(b *bucket, p pattern, maxCut time.Duration, follow bool) *feed {
 	f := &feed{
 		b: b, pattern: p, maxCut: maxCut,
 		ready: make(chan struct{}), wake: make(chan struct{}, 1),
-		attachment: attachment{lastContact: time.Now()},
+		attachment: attachment{lastContact: time.Now(), retry: backoff{attachPause, maxAttachPause}},
 		liveKeys:   newLiveKeys(follow),
 	}
 	f.ctx, f.quit = context.WithCancel(b.life)
@@ -86,7 +89,7 @@ type attachment struct {
 	pending uint64 // how many messages there were behind it
 	targets []target
 
-	attempts      int       // to attach, in a row
+	retry         backoff   // the pauses between attempts to attach
 	refusal       time.Time // since when attaching has been refused
 	missing       time.Time // since when the bucket has not been found
 	cut           time.Time // since when it is cut off
@@ -295,7 +298,7 @@ func (f *feed) attached(a newSource, err error) {
 	if !f.cut.IsZero() {
 		f.b.log.Info("state: a watch is back", "bucket", f.b.name, "pattern", f.pattern.String(), "after", time.Since(f.cut).Round(time.Millisecond))
 	}
-	f.attempts, f.refusal, f.missing, f.cut = 0, time.Time{}, time.Time{}, time.Time{}
+	f.retry.pause, f.refusal, f.missing, f.cut = attachPause, time.Time{}, time.Time{}, time.Time{}
 	f.messages = a.info.State.Messages
 	if f.created.IsZero() {
 		f.created, f.cursor, f.openedAt = a.info.Created, a.info.State.LastSeq, timestamp(a.info.Now.UnixNano())
@@ -339,9 +342,7 @@ func (f *feed) notAttached(err error) {
 		f.endBecause(err)
 		return
 	}
-	pause := min(20*time.Millisecond<<min(f.attempts, 5), 500*time.Millisecond)
-	f.attempts++
-	f.later(pause/2+rand.N(pause), f.attach)
+	f.later(f.retry.next(), f.attach)
 }
 
 // later posts something after a time, unless the feed has ended.

@@ -189,10 +189,11 @@ func (s *natsLocks) acquire(ctx context.Context, budget *retryBudget, b *bucket,
 // have acquired, or may acquire yet: nobody knows that it is held.
 func (s *natsLocks) giveBack(b *bucket, key, owner string, ttl time.Duration) {
 	s.data.start(func() {
-		l := newLease(s.data.life, natsLessor{s, b}, key, ttl, time.Now(), 0)
+		lessor := natsLessor{s, b}
+		l := newLease(s.data.life, lessor, key, ttl, time.Now(), 0)
 		l.owner, l.inDoubt = owner, true
 		for end := time.Now().Add(lockTimeout); ; {
-			err := natsLessor{s, b}.release(s.data.life, l)
+			err := lessor.release(s.data.life, l)
 			if err == nil || s.data.pause(newBudget(s.data.life), giveBackPause, nil) != nil || time.Now().After(end) {
 				return
 			}

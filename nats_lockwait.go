@@ -14,9 +14,9 @@ import (
 )
 
 const (
-	// standbyDelay is how much longer than the waiter that the server has chosen
-	// the others wait: by then they have heard its attempt, and leave the lock to
-	// it. Where nobody was chosen it is shortDelay.
+	// standbyDelay is how long the other waiters give the one that the server has
+	// chosen. Once they hear its attempt, they do not try themselves. Where nobody
+	// was chosen, the delay is shortDelay.
 	standbyDelay = 500 * time.Millisecond
 	shortDelay   = 20 * time.Millisecond
 	// standbySpread is the time over which they spread their attempts after that,
@@ -197,19 +197,20 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 // ask tries to acquire a lock. If it is to look first, it only does so if the lock
 // is free and, where it was held before, nobody else tries meanwhile.
 func (s *natsLocks) ask(ctx context.Context, q *lockQueue, key string, ttl time.Duration, look, held bool) (*lease, record, error) {
+	var last record
 	if look {
 		asked := time.Now()
-		found, err := s.holder(newBudget(ctx), key)
+		var err error
+		last, err = s.holder(newBudget(ctx), key)
 		switch {
 		case err == nil:
-			return nil, found, ErrLockHeld
+			return nil, last, ErrLockHeld
 		case held && err == ErrNotFound && q.claimedSince(asked):
 			return nil, record{}, ErrLockHeld
 		}
 		// It is free, or the attempt says why not.
-		return s.lock(ctx, key, ttl, found)
 	}
-	return s.lock(ctx, key, ttl, record{})
+	return s.lock(ctx, key, ttl, last)
 }
 
 // releasedHere returns the record of a lock's release if this store was the last
@@ -374,8 +375,19 @@ func (q *lockQueue) subscribe(nc *nats.Conn, subject string) {
 	}
 }
 
-// leave takes a waiter out. If it was the first one, it is the next one's turn.
+// leave takes a waiter out, and ends the subscriptions with the last one: without
+// the mutex, as the connection may be stalled.
 func (w *lockWaits) leave(key string, q *lockQueue, turn chan struct{}) {
+	if w.remove(key, q, turn) {
+		for _, sub := range q.subs {
+			_ = sub.Unsubscribe()
+		}
+	}
+}
+
+// remove takes a waiter out. If it was the first one, it is the next one's turn. It
+// reports whether nobody is left.
+func (w *lockWaits) remove(key string, q *lockQueue, turn chan struct{}) (empty bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for i, x := range q.waiters {
@@ -388,13 +400,8 @@ func (w *lockWaits) leave(key string, q *lockQueue, turn chan struct{}) {
 		}
 	}
 	if len(q.waiters) > 0 {
-		return
+		return false
 	}
 	delete(w.queue, key)
-	subs := q.subs
-	w.mu.Unlock() // the connection may be stalled
-	for _, sub := range subs {
-		_ = sub.Unsubscribe()
-	}
-	w.mu.Lock()
+	return true
 }

@@ -534,12 +534,13 @@ func await[T any](w *waiter, arrivals <-chan T) (arrival T, err error) {
 		case arrival := <-arrivals:
 			return arrival, nil
 		case <-w.timer.C:
+			if refusal := w.r.refusal(w.msg.Subject); w.unique && refusal != nil {
+				return arrival, fmt.Errorf("%s: %w", w.msg.Subject, refusal)
+			}
 			switch w.check() {
 			case giveUp:
 				w.r.resubscribe()
 				return arrival, w.r.explain(errNoAnswer, w.msg.Subject)
-			case isRefused:
-				return arrival, fmt.Errorf("%s: %w", w.msg.Subject, w.r.nc.LastError())
 			case repeatNow:
 				if w.r.publish(w.msg) == nil {
 					w.copies++
@@ -565,7 +566,6 @@ const (
 	waitOn verdict = iota
 	repeatNow
 	giveUp
-	isRefused
 )
 
 // check looks whether the answer may be on its way: a ping that was sent after
@@ -575,9 +575,6 @@ func (w *waiter) check() verdict {
 	in := w.r.nc.Stats().InMsgs
 	moving := w.seen && in != w.in
 	w.in, w.seen = in, true
-	if w.unique && w.r.refused(w.msg.Subject) {
-		return isRefused
-	}
 	w.r.slow(w.budget, w.first, "state: a request is not answered", w.msg.Subject)
 	if w.heard.IsZero() {
 		if w.heard = w.r.heardSince(w.sent); w.heard.Sub(w.sent) > repeatInterval {
@@ -669,18 +666,21 @@ func (r *requester) heardSince(sent time.Time) time.Time {
 func (r *requester) explain(err error, subject string) error {
 	err = fmt.Errorf("%s: %w", subject, err)
 	last := r.nc.LastError()
-	if r.refused(subject) || errors.Is(last, nats.ErrMaxSubscriptionsExceeded) ||
+	if r.refusal(subject) != nil || errors.Is(last, nats.ErrMaxSubscriptionsExceeded) ||
 		errors.Is(last, nats.ErrPermissionViolation) && strings.Contains(last.Error(), "_INBOX") {
 		err = fmt.Errorf("%w (the connection last reported: %w)", err, last)
 	}
 	return err
 }
 
-// refused reports whether the connection last reported that it may not publish to
-// a subject.
-func (r *requester) refused(subject string) bool {
+// refusal returns what the connection reported last, if that is that it may not
+// publish to the subject, or nil.
+func (r *requester) refusal(subject string) error {
 	last := r.nc.LastError()
-	return errors.Is(last, nats.ErrPermissionViolation) && strings.Contains(last.Error(), `"`+subject+`"`)
+	if errors.Is(last, nats.ErrPermissionViolation) && strings.Contains(last.Error(), `"`+subject+`"`) {
+		return last
+	}
+	return nil
 }
 
 // call makes a request of the JetStream API that changes nothing, or that may
