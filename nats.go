@@ -101,11 +101,16 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // On several replicas the stream's leader answers every read. A leader that a
 // network partition has cut off from the other servers continues to answer until
 // it notices, which takes up to 20 seconds. For that long, clients on its side of
-// the partition do not see writes made on the other side, and their watches may
-// report that a key has expired which was refreshed there; its put follows. The
-// same can happen without a partition if a server gets no processor time for
-// seconds, so that the others elect another leader before it notices. Where that
-// must not happen, use a Lock or an Update, which a majority always decides.
+// the partition do not see writes made on the other side. The same can happen
+// without a partition if a server gets no processor time for seconds, so that the
+// others elect another leader before it notices. Where that must not happen, use a
+// Lock or an Update, which a majority always decides.
+//
+// A majority also decides that a watched key has expired: a watch that finds one
+// at its deadline replaces it by a deletion, if it is still the last revision, and
+// reports what was accepted. A watch cannot do so, and may report an expiry that
+// such a leader confirms, if the bucket is full, if its own TTL ends the key, or
+// if it has delete markers.
 //
 // An acknowledgement means that a majority of the replicas has the change. The
 // servers' sync_interval says when they sync it to the disk.

@@ -167,8 +167,8 @@ func (b *bucket) infoBy(budget *retryBudget, verb string, req any) (*streamInfo,
 		}
 		if info.Cluster != nil && info.Cluster.Leader == "" {
 			// Without a leader every member answers, for itself.
-			if !b.wait(budget) {
-				return nil, fmt.Errorf("stream %s has no leader", b.stream)
+			if err := b.waitAfter(budget, fmt.Errorf("stream %s has no leader", b.stream)); err != nil {
+				return nil, err
 			}
 			continue
 		}
@@ -340,13 +340,22 @@ func (b *bucket) create(budget *retryBudget) (*streamInfo, error) {
 		config.MaxConsumers = -1 // the account has a limit
 		info, err = b.infoBy(budget, "STREAM.CREATE", config)
 	}
-	for apiCode(err) == codeNotCreated && b.wait(budget) {
+	for apiCode(err) == codeNotCreated {
 		// A server of the cluster was not ready, or a server is still removing the
 		// directories of a stream that was the account's last.
+		if err := b.waitAfter(budget, err); err != nil {
+			return nil, err
+		}
 		info, err = b.infoBy(budget, "STREAM.CREATE", config)
 	}
-	for apiCode(err) == codeNameInUse || apiCode(err) == codeNoStream && b.wait(budget) {
+	if apiCode(err) == codeNameInUse {
 		info, err = b.info(budget) // somebody was faster
+	}
+	for apiCode(err) == codeNoStream {
+		if err := b.waitAfter(budget, err); err != nil {
+			return nil, err
+		}
+		info, err = b.info(budget)
 	}
 	return info, err
 }

@@ -98,7 +98,7 @@ func (e encoder) encode(m mutation, base record, pre precondition) (header, reco
 	}
 	next.uncertain = !surely
 	state := stateHeader{op: m.op}
-	if !e.fixed {
+	if !e.fixed && (lasts || !m.marker) {
 		state.created = next.created
 		if lasts {
 			state.replaced = base.deadline

@@ -43,6 +43,7 @@ type record struct {
 	removal  timestamp // when the server removes it; none for 0
 	deleted  bool      // it is a marker; created is then that of what it deleted
 	expiry   bool      // and the server wrote it, in place of what expired
+	aged     bool      // the deadline is that of the bucket's MaxAge
 	op       string    // identifies the write, "" if another client made it
 
 	// estimated says that the record was not read but written, so that its times
@@ -99,7 +100,7 @@ func decode(hdr nats.Header, data []byte, seq uint64, written timestamp, maxAge 
 	r.deadline = written.deadline(ttl)
 	if end := written.deadline(maxAge); !never {
 		if r.deadline.outlives(end) {
-			r.deadline = end
+			r.deadline, r.aged = end, true
 		}
 		if r.removal.outlives(end) {
 			r.removal = end

@@ -70,6 +70,7 @@ type tracked struct {
 	revision uint64
 	created  timestamp
 	unread   bool // the revision was listed, and will be delivered
+	aged     bool // the deadline is that of the bucket's MaxAge, which may be changed
 }
 
 // ended reports whether the key had come to its deadline when r, a later record
@@ -93,7 +94,7 @@ func (f *feed) track(key string, r *record, unread bool) {
 		t = &tracked{expiring: expiring{key: key}}
 		f.alive[key] = t
 	}
-	t.revision, t.created, t.unread = r.revision, r.created, unread
+	t.revision, t.created, t.unread, t.aged = r.revision, r.created, unread, r.aged
 	f.floor = min(f.floor, r.revision)
 	f.expiries.set(&t.expiring, r.deadline)
 }
@@ -230,7 +231,7 @@ func (f *feed) expire() {
 				f.deferred = time.Now().Add(checkInterval)
 				return
 			}
-			f.probe(f.due(timestamp(info.Now.UnixNano()), f.window), f.expired)
+			f.probe(f.due(timestamp(info.Now.UnixNano()), f.window), true, f.expired)
 		})
 	})
 }
@@ -259,18 +260,25 @@ type finding struct {
 	probeResult
 }
 
-// probe asks the leader for the last sequences of keys.
-func (f *feed) probe(keys []*tracked, then func([]finding)) {
-	findings, names := make([]finding, len(keys)), make([]string, len(keys))
+// probe asks the leader for the last sequences of keys, which are over or seem to
+// be gone.
+func (f *feed) probe(keys []*tracked, over bool, then func([]finding)) {
+	findings, questions := make([]finding, len(keys)), make([]question, len(keys))
+	mark := f.b.marksExpiries()
 	for i, t := range keys {
-		findings[i], names[i] = finding{t: t, revision: t.revision}, t.key
+		findings[i] = finding{t: t, revision: t.revision}
+		questions[i] = question{key: t.key, mark: mark}
+		if over {
+			questions[i].base = record{entry: entry{revision: t.revision, created: t.created}, deadline: t.deadline}
+			questions[i].mark = mark && !t.aged
+		}
 	}
 	if len(keys) == 0 {
 		then(findings)
 		return
 	}
 	f.b.start(func() {
-		for i, result := range f.b.probe(newBudget(f.ctx), names) {
+		for i, result := range f.b.probe(newBudget(f.ctx), questions) {
 			findings[i].probeResult = result
 		}
 		f.post(func() { then(findings) })
@@ -317,7 +325,7 @@ func (f *feed) verify(suspects []*tracked) {
 	if len(suspects) == 0 {
 		return
 	}
-	f.probe(suspects, func(findings []finding) {
+	f.probe(suspects, false, func(findings []finding) {
 		if f.applyVerified(findings) {
 			f.listPause = stateLife // there may be more removals
 		}
@@ -365,5 +373,5 @@ func (f *feed) recheck() {
 	if len(again) == 0 {
 		return
 	}
-	f.probe(again, func(findings []finding) { f.applyVerified(findings) })
+	f.probe(again, false, func(findings []finding) { f.applyVerified(findings) })
 }

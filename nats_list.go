@@ -83,7 +83,10 @@ func (b *bucket) list(budget *retryBudget, p pattern, values bool) (listing, err
 			l.all = sortAndDedupe(l.all)
 			return l, nil
 		}
-		if !errors.Is(err, errStartOver) && !passing(err) || tries == 5 || !b.wait(budget) {
+		if !errors.Is(err, errStartOver) && !passing(err) || tries == 5 {
+			return listing{}, err
+		}
+		if err := b.waitAfter(budget, err); err != nil {
 			return listing{}, err
 		}
 		b.retrying(budget, b.filter(p))

@@ -89,8 +89,8 @@ func (b *bucket) leaderLast(budget *retryBudget, key string) (record, error) {
 			b.cache.forget(key)
 			return r, nil
 		}
-		if !b.wait(budget) {
-			return record{}, errStaleLeader
+		if err := b.waitAfter(budget, errStaleLeader); err != nil {
+			return record{}, err
 		}
 	}
 }

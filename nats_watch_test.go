@@ -595,7 +595,7 @@ func TestExpiryBeforeDelivery(t *testing.T) {
 	alive := make(chan bool, 1)
 	require.True(t, f.post(func() {
 		f.track("k", &record{entry: entry{revision: 9}, deadline: 1}, true)
-		f.expired([]finding{{f.alive["k"], 9, probeResult{9, true}}})
+		f.expired([]finding{{f.alive["k"], 9, probeResult{last: 9, known: true}}})
 		alive <- f.alive["k"] != nil
 	}))
 	require.True(t, <-alive)
@@ -625,4 +625,103 @@ func TestExpiryRequests(t *testing.T) {
 	})
 	assert.GreaterOrEqual(t, requests, keys)
 	assert.LessOrEqual(t, requests, 2*keys+5, "and what it asks now and then")
+}
+
+// TestExpiriesOnReplicas: what has ended is reported there when a majority has
+// agreed, by one marker however many watch. Where none may be written the watches
+// do without.
+func TestExpiriesOnReplicas(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster")
+	}
+	t.Parallel()
+	const keys = 40
+	c := startCluster(t)
+	js := newJetStream(t, connect(t, c.servers[0].ClientURL()))
+	ctx := t.Context()
+	name := func(i int) string { return fmt.Sprintf("k.%d", i) }
+
+	// expire writes the keys, and returns when all watches have seen them end. It
+	// returns how many messages that took.
+	expire := func(t *testing.T, config jetstream.KeyValueConfig, ttl time.Duration, end func(*NATSStore)) (messages uint64) {
+		config.Replicas = 3
+		_, err := js.CreateKeyValue(ctx, config)
+		require.NoError(t, err)
+		var stores []*NATSStore
+		var watches []*observer
+		for _, srv := range c.servers {
+			s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: config.Bucket})
+			stores, watches = append(stores, s), append(watches, observe(mustWatch(t, s, "k.*")))
+		}
+		revisions := make(map[string]uint64)
+		for i := range keys {
+			revisions[name(i)], err = stores[0].Update(name(i), []byte("v"), ttl, 0)
+			require.NoError(t, err)
+		}
+		for _, w := range watches {
+			eventually(t, func() bool { return w.last(name(keys-1)) != nil }, "all puts")
+		}
+		end(stores[1])
+		info, err := stores[0].data.info(newBudget(ctx))
+		require.NoError(t, err)
+		before := info.State.LastSeq
+		for _, w := range watches {
+			for key := range revisions {
+				eventually(t, func() bool { return w.last(key).Operation == OpDelete }, "an end")
+			}
+		}
+		for _, w := range watches {
+			for key, revision := range revisions {
+				ends := w.deletions(key)[key]
+				require.Len(t, ends, 1, "once")
+				if ttl > 0 || config.TTL > 0 {
+					require.Equal(t, revision, ends[0].Revision)
+				} else {
+					require.Greater(t, ends[0].Revision, revision)
+				}
+			}
+		}
+		info, err = stores[0].data.info(newBudget(ctx))
+		require.NoError(t, err)
+		return info.State.LastSeq - before
+	}
+	nothing := func(*NATSStore) {}
+
+	t.Run("ttl", func(t *testing.T) {
+		require.EqualValues(t, keys, expire(t, jetstream.KeyValueConfig{Bucket: "ttl"}, time.Second, nothing))
+		kv, err := js.KeyValue(ctx, "ttl")
+		require.NoError(t, err)
+		for i := range keys {
+			_, err := kv.Create(ctx, name(i), nil)
+			require.NoError(t, err, "it is free for other clients, too")
+		}
+	})
+	t.Run("history", func(t *testing.T) {
+		require.EqualValues(t, keys, expire(t, jetstream.KeyValueConfig{Bucket: "history", History: 5}, time.Second, nothing))
+	})
+	t.Run("purged", func(t *testing.T) {
+		require.EqualValues(t, keys, expire(t, jetstream.KeyValueConfig{Bucket: "purged"}, 0, func(*NATSStore) {
+			st, err := js.Stream(ctx, "KV_purged")
+			require.NoError(t, err)
+			require.NoError(t, st.Purge(ctx))
+		}))
+	})
+	t.Run("max-age", func(t *testing.T) {
+		// Nothing is written over what may live on when the setting is changed.
+		require.Zero(t, expire(t, jetstream.KeyValueConfig{Bucket: "max-age", TTL: 2 * time.Second}, 0, nothing))
+	})
+	t.Run("markers", func(t *testing.T) {
+		require.Zero(t, expire(t, jetstream.KeyValueConfig{Bucket: "markers", LimitMarkerTTL: time.Hour}, time.Second, nothing))
+	})
+	t.Run("full", func(t *testing.T) {
+		require.Zero(t, expire(t, jetstream.KeyValueConfig{Bucket: "full", MaxBytes: 64 << 10}, 3*time.Second, func(s *NATSStore) {
+			for size, i := 4096, 0; size > 0; i++ {
+				if err := s.Put(fmt.Sprintf("more.%d", i), make([]byte, size), 0); err == ErrStoreFull {
+					size /= 2
+				} else {
+					require.NoError(t, err)
+				}
+			}
+		}))
+	})
 }

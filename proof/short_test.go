@@ -2,6 +2,7 @@ package proof
 
 import (
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 
@@ -49,7 +50,8 @@ func scenarioNamed(name string) scenario {
 // TestIsolatedLeader shows the one exception to what reads promise: a leader
 // that was cut off from the other servers answers as if it still were one, until
 // it notices. It does so for reads only, and not for long: nobody gets a lock
-// from it, no write is acknowledged by it, and then it does not answer at all.
+// from it, no write is acknowledged by it, no expiry of what was refreshed through
+// the others is reported, and then it does not answer at all.
 func TestIsolatedLeader(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t, 3, false)
@@ -99,6 +101,25 @@ func TestIsolatedLeader(t *testing.T) {
 	waitFor(t, func() bool { _, err := inside.Get("k"); return err == nil })
 	waitFor(t, func() bool { _, err := outside.Get("k"); return err == nil })
 
+	// The others refresh this key, once they have elected a leader and before it ends.
+	// The consumers of some of the watches are on the server that is cut off.
+	const agent = "agent.seven"
+	watches := make([]<-chan *state.KeyValue, len(agent))
+	for i := range watches {
+		var err error
+		if watches[i], err = inside.Watch(agent[:i] + "*"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := outside.Put(agent, []byte("first"), 12*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	for _, watch := range watches {
+		if ev := <-watch; ev == nil || ev.Operation != state.OpPut {
+			t.Fatalf("%v instead of a put", ev)
+		}
+	}
+
 	cut := time.Now()
 	c.isolate(leader, (*proxy).sever)
 	defer c.isolate(leader, (*proxy).heal)
@@ -113,6 +134,12 @@ func TestIsolatedLeader(t *testing.T) {
 				held <- err
 				return
 			}
+		}
+		for outside.Put(agent, []byte("refreshed"), 2*time.Minute) != nil && time.Since(cut) < 11*time.Second {
+		}
+		if entry, err := outside.GetKeyValue(agent); err != nil || entry.Created.Equal(entry.Modified) {
+			held <- fmt.Errorf("the key was not refreshed in time: %v, %w", entry, err)
+			return
 		}
 		_, err := outside.Lock("l", time.Minute)
 		held <- err
@@ -158,6 +185,16 @@ func TestIsolatedLeader(t *testing.T) {
 	c.isolate(leader, (*proxy).heal)
 	c.recover(t.Context(), "KV_proof", "KV_proof-locks")
 	waitFor(t, func() bool { value, err := inside.Get("k"); return err == nil && string(value) == "new" })
+	for i, watch := range watches {
+		for ev := range watch {
+			if ev.Operation != state.OpPut {
+				t.Errorf("watch %d: %v instead of the refresh", i, ev)
+			}
+			if ev.Key == agent {
+				break
+			}
+		}
+	}
 }
 
 func waitFor(t *testing.T, f func() bool) {

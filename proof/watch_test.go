@@ -146,8 +146,7 @@ func (w *watched) check(l *load, told []*state.KeyValue, kv *state.KeyValue) {
 		case kv.Revision <= last.Revision:
 			l.broke("%v: %s: revision %d after %d", w, kv.Key, kv.Revision, last.Revision)
 		case kv.Modified.Before(last.Modified) && !(w.follow && last.Operation == state.OpDelete):
-			// After an expiry that a leader which was cut off has told.
-			l.suspect(l.now()-int64(20*time.Second), fmt.Sprintf("%v: %s: revision %d was written at %v, after an event of %v, %v", w, kv.Key, kv.Revision, kv.Modified, last.Operation, last.Modified))
+			l.broke("%v: %s: revision %d was written at %v, after an event of %v, %v", w, kv.Key, kv.Revision, kv.Modified, last.Operation, last.Modified)
 		}
 		return
 	}
@@ -189,8 +188,7 @@ func (w *watched) checkExpiry(l *load, kv *state.KeyValue) {
 	}
 	for _, next := range l.written[kv.Key] {
 		if was.ret != never && next.call > was.ret && next.ret < was.call+int64(was.ttl) {
-			text := fmt.Sprintf("%v: %s: revision %d was reported as expired, though it was replaced in time by %.20q", w, kv.Key, kv.Revision, next.value)
-			l.suspects = append(l.suspects, suspect{was.call + int64(was.ttl), now, text})
+			problem = fmt.Sprintf("was reported as expired, though it was replaced in time by %.20q", next.value)
 		}
 	}
 	if problem != "" && len(l.broken) < 20 {

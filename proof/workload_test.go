@@ -869,8 +869,7 @@ func (l *load) useLists(ctx context.Context, client int, writer, reader state.St
 	}
 }
 
-// suspect notes a listing or an expiry that is not right. Within a window that may
-// be excused.
+// suspect notes a listing that is not right. Within a window that may be excused.
 func (l *load) suspect(call int64, text string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
