@@ -77,7 +77,7 @@ func (b *bucket) list(budget *retryBudget, p pattern, values bool) (listing, err
 		var ok bool
 		if l.all, ok = b.listFew(budget, p, info); !ok {
 			budget.begun = time.Now()
-			l.all, err = b.listOnce(budget, p, info, values)
+			l.all, err = b.listOnce(budget, p, info, values, tries > 1)
 		}
 		if err == nil {
 			l.all = sortAndDedupe(l.all)
@@ -173,7 +173,13 @@ var errStartOver = errors.New("the listing was cut short")
 //
 // With replicas the consumer may be on one that lags. The list is complete when
 // it has come to the last message that the leader had before, or to a later one.
-func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, values bool) ([]listed, error) {
+//
+// With a history the consumer begins with the last message of every key. It stops
+// short at one that was removed meanwhile, with the same signs as at the end. So
+// the end counts if the consumer has read all that the stream had once it was made:
+// from there it reads on through the stream. If it has not, the listing starts over,
+// and reads what has been replaced, too.
+func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, values, replaced bool) ([]listed, error) {
 	filter, began := b.filter(p), time.Now()
 	l := &listRun{b: b, pattern: p, maxAge: info.config.MaxAge, values: values}
 	if info.config.Replicas > 1 {
@@ -188,10 +194,16 @@ func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, valu
 	l.batch = int(min(info.State.Messages+spareBatch, listBatch))
 	l.epoch, _ = b.current()
 	var err error
-	if l.source, err = b.consume(budget, consumption{filter: filter, headersOnly: l.headersOnly, batch: l.batch, life: listLife}); err != nil {
+	if l.source, err = b.consume(budget, consumption{filter: filter, headersOnly: l.headersOnly, batch: l.batch, life: listLife, replaced: replaced}); err != nil {
 		return nil, err
 	}
 	defer l.source.stop()
+	if l.source.skips {
+		if info, err = b.info(budget); err != nil {
+			return nil, err
+		}
+		l.skipsTo = info.State.LastSeq
+	}
 	if l.source.info.Pending == 0 && l.upTo == 0 {
 		return nil, nil
 	}
@@ -205,6 +217,10 @@ func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, valu
 			return nil, err
 		}
 		switch {
+		case st.code == "404" && l.last < l.skipsTo:
+			// A heartbeat will say how far it has read.
+		case st.code == "100" && max(l.last, st.seq) < l.skipsTo:
+			return nil, fmt.Errorf("%w: what was to be listed was replaced", errStartOver)
 		case st.code == "100", st.code == "404":
 			if ends++; l.last >= l.upTo && (ends > 1 || time.Since(began) < listLife-opTimeout) {
 				return l.all, nil
@@ -234,10 +250,11 @@ type listRun struct {
 	epoch  *epoch // in which it began
 	timer  *time.Timer
 
-	upTo uint64 // what must have come
-	last uint64 // what has come
-	lags int    // how often the source had nothing to send of what must come
-	all  []listed
+	upTo    uint64 // what must have come
+	skipsTo uint64 // what must have been read
+	last    uint64 // what has come
+	lags    int    // how often the source had nothing to send of what must come
+	all     []listed
 }
 
 // pull makes one request for messages, and takes over what it brings. It returns

@@ -44,7 +44,7 @@ func TestListFew(t *testing.T) {
 			p := pattern{prefix, true}
 			info, err := s.data.info(newBudget(context.Background()))
 			require.NoError(t, err)
-			want, err := s.data.listOnce(newBudget(context.Background()), p, info, true)
+			want, err := s.data.listOnce(newBudget(context.Background()), p, info, true, false)
 			require.NoError(t, err)
 			got, ok := s.data.listFew(newBudget(context.Background()), p, info)
 			require.Equal(t, few, ok)
@@ -107,5 +107,58 @@ func TestKeysTakeOneBatch(t *testing.T) {
 				require.Len(t, keys, n+1)
 			}), "requests for %d keys", n+1)
 		}
+	}
+}
+
+// TestKeysWithHistory: a server that lists the last revisions of keys stops short
+// at one that was removed meanwhile, as it does at the end. Nothing is missing.
+func TestKeysWithHistory(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	js := newJetStream(t, connect(t, srv.ClientURL()))
+	for _, replaced := range [][]int{{0}, {3}, {9}, {0, 1, 2, 3}, {2, 3, 4, 8, 9}, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}} {
+		t.Run(fmt.Sprint(replaced), func(t *testing.T) {
+			t.Parallel()
+			cfg := NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: newBucketName(), History: 3}
+			near := openStore(t, cfg)
+			cfg.Conn, _ = connectAt(t, srv.ClientURL(), distance{rtt: 40 * time.Millisecond})
+			far := openStore(t, cfg)
+			var want []string
+			for i := range 10 {
+				want = append(want, fmt.Sprintf("k.%d", i))
+				for range 1 + i%3 {
+					require.NoError(t, near.Put(want[i], []byte("a value"), 0))
+				}
+			}
+			require.NoError(t, near.Put("other", nil, 0))
+			stream, err := js.Stream(t.Context(), "KV_"+cfg.Bucket)
+			require.NoError(t, err)
+			config := stream.CachedInfo().Config
+			config.AllowDirect = false // or few keys are listed otherwise
+			_, err = js.UpdateStream(t.Context(), config)
+			require.NoError(t, err)
+			for pattern, want := range map[string][]string{"k.*": want, "*": append(slices.Clone(want), "other")} {
+				listed := make(chan struct{})
+				go func() {
+					defer close(listed)
+					got, err := far.Keys(pattern)
+					assert.NoError(t, err)
+					assert.Equal(t, want, got)
+				}()
+				// The listing has its consumer, and does not have its messages yet.
+				eventually(t, func() bool {
+					info, err := stream.Info(t.Context())
+					return err == nil && info.State.Consumers > 0
+				}, "a consumer")
+				for _, i := range replaced {
+					require.NoError(t, near.Put(fmt.Sprintf("k.%d", i), []byte("another"), time.Hour))
+				}
+				<-listed
+				eventually(t, func() bool {
+					info, err := stream.Info(t.Context())
+					return err == nil && info.State.Consumers == 0
+				}, "no consumer")
+			}
+		})
 	}
 }

@@ -18,6 +18,7 @@ type model struct {
 	told     map[string][]modelEvent // by key, all that a watch from the beginning is told
 	expired  int                     // how many entries have expired
 	closed   bool
+	gaps     bool // a store may use revisions that the model knows nothing of
 }
 
 type modelEntry struct {
@@ -35,6 +36,7 @@ type modelEvent struct {
 	op       state.Operation
 	revision uint64
 	value    string
+	least    bool // the revision is at least that
 }
 
 func newModel() *model {
@@ -55,7 +57,7 @@ func (m *model) advance(now time.Time) {
 		if !e.deadline.IsZero() && !e.deadline.After(now) {
 			delete(m.entries, key)
 			m.expired++
-			m.tell(key, modelEvent{state.OpDelete, e.revision, ""})
+			m.tell(key, modelEvent{op: state.OpDelete, revision: e.revision})
 		}
 	}
 }
@@ -89,8 +91,19 @@ func (m *model) put(key, value string, ttl time.Duration) error {
 		e.created = old.created
 	}
 	m.entries[key] = e
-	m.tell(key, modelEvent{state.OpPut, e.revision, value})
+	m.tell(key, modelEvent{op: state.OpPut, revision: e.revision, value: value})
 	return nil
+}
+
+// adopt gives the entry that was put last the revision that the store gave it. It
+// reports whether it could.
+func (m *model) adopt(key string, revision uint64) bool {
+	if revision != m.revision && (!m.gaps || revision < m.revision) {
+		return false
+	}
+	told := m.told[key]
+	m.revision, m.entries[key].revision, told[len(told)-1].revision = revision, revision, revision
+	return true
 }
 
 func (m *model) update(key, value string, ttl time.Duration, revision uint64) (uint64, error) {
@@ -115,7 +128,7 @@ func (m *model) delete(key string) error {
 	case nil:
 		m.revision++
 		delete(m.entries, key)
-		m.tell(key, modelEvent{state.OpDelete, m.revision, ""})
+		m.tell(key, modelEvent{op: state.OpDelete, revision: m.revision, least: m.gaps})
 	case state.ErrNotFound:
 		err = nil
 	}
