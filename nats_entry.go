@@ -45,6 +45,7 @@ type record struct {
 	expiry   bool      // and the server wrote it, in place of what expired
 	aged     bool      // the deadline is that of the bucket's MaxAge
 	op       string    // identifies the write, "" if another client made it
+	replaced timestamp // the deadline of what was replaced, as far as the writer knew; 0 for none
 
 	// estimated says that the record was not read but written, so that its times
 	// are estimates from below: the writer does not learn the server's. It is
@@ -77,7 +78,7 @@ func decode(hdr nats.Header, data []byte, seq uint64, written timestamp, maxAge 
 		r.value = []byte{}
 	}
 	st := decodeState(hdr.Get(headerState))
-	r.op = st.op
+	r.op, r.replaced = st.op, st.replaced
 	lasting := st.created > 0 && st.created < written && !st.replaced.passed(written)
 	if lasting {
 		r.created = st.created

@@ -75,9 +75,11 @@ type tracked struct {
 
 // ended reports whether the key had come to its deadline when r, a later record
 // of it, was written. What was written in between may have been missed: a
-// record of the same creation shows that it never ended.
+// record of the same creation shows that it never ended, and one that replaced
+// something with another deadline, that something else ended.
 func (t *tracked) ended(r *record) bool {
-	return (t.deadline.passed(r.modified) || r.expiry) && t.created != r.created
+	return (t.deadline.passed(r.modified) || r.expiry) && t.created != r.created &&
+		(r.replaced == 0 || r.replaced == t.deadline)
 }
 
 // A reportedDeletion is the last deletion or expiry of a key that was reported: a marker

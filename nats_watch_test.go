@@ -725,3 +725,31 @@ func TestExpiriesOnReplicas(t *testing.T) {
 		}))
 	})
 }
+
+// TestExpiryOfWhatWasMissed: a watch that was cut off while a value was refreshed,
+// and until the refresh had expired in its turn, does not report that the value
+// expired.
+func TestExpiryOfWhatWasMissed(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	near := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	nc, proxy := connectAt(t, srv.ClientURL(), distance{})
+	far := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	events := mustWatch(t, far, "k")
+	require.NoError(t, near.Put("k", []byte("first"), 500*time.Millisecond))
+	require.Equal(t, "first", string((<-events).Value))
+	proxy.refuse(true)
+	proxy.cut()
+	require.NoError(t, near.Put("k", []byte("second"), 600*time.Millisecond))
+	second, err := near.data.leaderLast(newBudget(context.Background()), "k")
+	require.NoError(t, err)
+	eventually(t, func() bool { _, err := near.Get("k"); return err == ErrNotFound }, "its end")
+	marker := near.data.ask(newBudget(context.Background()), []question{{key: "k", base: second, mark: true}})[0]
+	require.True(t, marker.known)
+	proxy.refuse(false)
+	ev := <-events
+	require.Equal(t, OpDelete, ev.Operation)
+	require.Equal(t, marker.last, ev.Revision, "it was deleted; what expired was not reported")
+	require.NoError(t, near.Put("k", []byte("third"), 0))
+	require.Equal(t, "third", string((<-events).Value))
+}
