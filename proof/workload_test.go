@@ -462,10 +462,13 @@ func (l *load) useLocks(ctx context.Context, client int, s state.Store) {
 		ttl := 100*time.Millisecond + rand.N(900*time.Millisecond)
 		token := uint64(nobodyKnows) + uint64(client)<<32 + uint64(n) // if it is not known
 		call := l.now()
-		// It may have been held for a while, or will be.
-		inDoubt := func() {
-			l.lock(client, name, lockInput{lockTake, token}, call, never, true)
-			l.lock(client, name, lockInput{lockLapse, token}, call+int64(ttl), never, false)
+		// It may have been held for a while, or will be, as often as it was asked for.
+		inDoubt := func(times int) {
+			for i := range times {
+				token := token + uint64(i)<<24
+				l.lock(client, name, lockInput{lockTake, token}, call, never, true)
+				l.lock(client, name, lockInput{lockLapse, token}, call+int64(ttl), never, false)
+			}
 		}
 		switch p := rand.IntN(10); {
 		case p == 0:
@@ -483,7 +486,7 @@ func (l *load) useLocks(ctx context.Context, client int, s state.Store) {
 			case err == state.ErrLockExpired || l.unexpected("lock", err):
 				// (ErrLockExpired says that the lease had lapsed before it could be
 				// handed over.)
-				inDoubt()
+				inDoubt(1)
 			default:
 				l.refuse()
 			}
@@ -513,12 +516,12 @@ func (l *load) askHolder(client int, s state.Store, name string) {
 
 // awaitAndHold waits for a lock and works under it for a while. Whatever it
 // refreshes it does by itself.
-func (l *load) awaitAndHold(client int, s state.Store, name string, ttl time.Duration, inDoubt func()) {
+func (l *load) awaitAndHold(client int, s state.Store, name string, ttl time.Duration, inDoubt func(int)) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*ttl)
 	defer cancel()
 	call := l.now()
 	if !l.quiet {
-		inDoubt() // of the attempts only the last one is known
+		inDoubt(3) // of the attempts only the last one is known
 	}
 	lock, err := state.Acquire(ctx, s, name, ttl)
 	if over, _ := ctx.Deadline(); l.quiet && time.Since(over) > time.Second+l.slack() {
@@ -529,7 +532,7 @@ func (l *load) awaitAndHold(client int, s state.Store, name string, ttl time.Dur
 		case err == state.ErrLockHeld: //nolint:errorlint // bare
 		case err == state.ErrLockExpired, errors.Is(err, state.ErrOutcomeUnknown): //nolint:errorlint // bare
 			if l.quiet {
-				inDoubt()
+				inDoubt(1)
 			}
 		case !errors.Is(err, context.DeadlineExceeded):
 			l.unexpected("acquire", err)
