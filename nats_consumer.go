@@ -27,7 +27,6 @@ type consumer struct {
 	count uint64         // how many messages have been accepted
 	info  consumerInfo
 	live  bool // the server has it
-	skips bool // it begins with the last message of every key, as they were
 
 	request *nats.Msg // the last one for messages
 }
@@ -62,8 +61,7 @@ type consumerConfig struct {
 // A consumption says what a consumer is to read.
 type consumption struct {
 	filter      string // the subjects
-	from        uint64 // the first sequence; 0 for the last message of every key, and what follows
-	replaced    bool   // also what has been replaced before, and is still there
+	from        uint64 // the first sequence; 0 for all that there is
 	headersOnly bool
 	batch       int           // how many messages may be under way
 	life        time.Duration // how long the server keeps it when nobody asks any more
@@ -78,11 +76,8 @@ func (b *bucket) consume(budget *retryBudget, want consumption) (*consumer, erro
 		Name: c.name, Deliver: "all", Ack: "none", Replay: "instant", Filter: want.filter,
 		HeadersOnly: want.headersOnly, Inactive: want.life, Replicas: 1, Memory: true,
 	}
-	switch {
-	case want.from > 0:
+	if want.from > 0 {
 		cfg.Deliver, cfg.StartSeq = "by_start_sequence", want.from
-	case b.settings.Load().PerKey != 1 && !want.replaced:
-		cfg.Deliver, c.skips = "last_per_subject", true
 	}
 	e, err := b.connected(budget)
 	if err != nil {

@@ -77,7 +77,7 @@ func (b *bucket) list(budget *retryBudget, p pattern, values bool) (listing, err
 		var ok bool
 		if l.all, ok = b.listFew(budget, p, info); !ok {
 			budget.begun = time.Now()
-			l.all, err = b.listOnce(budget, p, info, values, tries > 1)
+			l.all, err = b.listOnce(budget, p, info, values)
 		}
 		if err == nil {
 			l.all = sortAndDedupe(l.all)
@@ -174,12 +174,10 @@ var errStartOver = errors.New("the listing was cut short")
 // With replicas the consumer may be on one that lags. The list is complete when
 // it has come to the last message that the leader had before, or to a later one.
 //
-// With a history the consumer begins with the last message of every key. It stops
-// short at one that was removed meanwhile, with the same signs as at the end. So
-// the end counts if the consumer has read all that the stream had once it was made:
-// from there it reads on through the stream. If it has not, the listing starts over,
-// and reads what has been replaced, too.
-func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, values, replaced bool) ([]listed, error) {
+// With a history it reads what has been replaced, too. A consumer that delivers the
+// last message of every key leaves some out: it stops short where one was removed
+// meanwhile, as it does at the end, and skips one that exceeds the bytes asked for.
+func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, values bool) ([]listed, error) {
 	filter, began := b.filter(p), time.Now()
 	l := &listRun{b: b, pattern: p, maxAge: info.config.MaxAge, values: values}
 	if info.config.Replicas > 1 {
@@ -194,20 +192,18 @@ func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, valu
 	l.batch = int(min(info.State.Messages+spareBatch, listBatch))
 	l.epoch, _ = b.current()
 	var err error
-	if l.source, err = b.consume(budget, consumption{filter: filter, headersOnly: l.headersOnly, batch: l.batch, life: listLife, replaced: replaced}); err != nil {
+	if l.source, err = b.consume(budget, consumption{filter: filter, headersOnly: l.headersOnly, batch: l.batch, life: listLife}); err != nil {
 		return nil, err
 	}
 	defer l.source.stop()
-	if l.source.skips {
-		if info, err = b.info(budget); err != nil {
-			return nil, err
-		}
-		l.skipsTo = info.State.LastSeq
-	}
 	if l.source.info.Pending == 0 && l.upTo == 0 {
 		return nil, nil
 	}
-	l.all = make([]listed, 0, l.source.info.Pending)
+	if info.config.PerKey == 1 {
+		l.all = make([]listed, 0, l.source.info.Pending)
+	} else {
+		l.places = make(map[string]int)
+	}
 	l.timer = time.NewTimer(checkInterval)
 	defer l.timer.Stop()
 
@@ -217,10 +213,6 @@ func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, valu
 			return nil, err
 		}
 		switch {
-		case st.code == "404" && l.last < l.skipsTo:
-			// A heartbeat will say how far it has read.
-		case st.code == "100" && max(l.last, st.seq) < l.skipsTo:
-			return nil, fmt.Errorf("%w: what was to be listed was replaced", errStartOver)
 		case st.code == "100", st.code == "404":
 			if ends++; l.last >= l.upTo && (ends > 1 || time.Since(began) < listLife-opTimeout) {
 				return l.all, nil
@@ -250,11 +242,12 @@ type listRun struct {
 	epoch  *epoch // in which it began
 	timer  *time.Timer
 
-	upTo    uint64 // what must have come
-	skipsTo uint64 // what must have been read
-	last    uint64 // what has come
-	lags    int    // how often the source had nothing to send of what must come
-	all     []listed
+	upTo uint64 // what must have come
+	last uint64 // what has come
+	lags int    // how often the source had nothing to send of what must come
+	all  []listed
+	// places says where in all each key is, if there may be several records of one.
+	places map[string]int
 }
 
 // pull makes one request for messages, and takes over what it brings. It returns
@@ -317,6 +310,15 @@ func (l *listRun) add(budget *retryBudget, msg *nats.Msg, d delivery) error {
 	}
 	if !l.values {
 		rec.value = nil
+	}
+	if at, known := l.places[key]; known {
+		if rec.revision > l.all[at].revision {
+			l.all[at].record = rec
+		}
+		return nil
+	}
+	if l.places != nil {
+		l.places[key] = len(l.all)
 	}
 	l.all = append(l.all, listed{key, rec})
 	return nil

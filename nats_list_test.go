@@ -44,7 +44,7 @@ func TestListFew(t *testing.T) {
 			p := pattern{prefix, true}
 			info, err := s.data.info(newBudget(context.Background()))
 			require.NoError(t, err)
-			want, err := s.data.listOnce(newBudget(context.Background()), p, info, true, false)
+			want, err := s.data.listOnce(newBudget(context.Background()), p, info, true)
 			require.NoError(t, err)
 			got, ok := s.data.listFew(newBudget(context.Background()), p, info)
 			require.Equal(t, few, ok)
@@ -110,7 +110,7 @@ func TestKeysTakeOneBatch(t *testing.T) {
 	}
 }
 
-// TestKeysWithHistory: a server that lists the last revisions of keys stops short
+// TestKeysWithHistory: a server that delivers the last revisions of keys stops short
 // at one that was removed meanwhile, as it does at the end. Nothing is missing.
 func TestKeysWithHistory(t *testing.T) {
 	t.Parallel()
@@ -160,5 +160,26 @@ func TestKeysWithHistory(t *testing.T) {
 				}, "no consumer")
 			}
 		})
+	}
+}
+
+// TestLargeListingWithHistory: nor where one request has brought all the bytes that
+// it may.
+func TestLargeListingWithHistory(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b", History: 3})
+	const keys = 800
+	for i := range keys {
+		for n := range 1 + i%3 {
+			require.NoError(t, s.Put(fmt.Sprintf("k.%03d", i), append(make([]byte, 8192), byte(n)), 0))
+		}
+	}
+	entries, err := s.Entries("*")
+	require.NoError(t, err)
+	require.Len(t, entries, keys)
+	for i, kv := range entries {
+		require.Equal(t, fmt.Sprintf("k.%03d", i), kv.Key)
+		require.Equal(t, byte(i%3), kv.Value[8192], "the last revision")
 	}
 }

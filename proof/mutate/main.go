@@ -45,6 +45,7 @@ var suite = map[string]string{
 	"next":             ". -run ^TestNextAmongManyWaiters$",
 	"refreshes":        ". -run ^TestRefreshNearTheEnd$",
 	"at-the-deadline":  ". -run ^TestWatchRefreshedAtTheDeadline$",
+	"large-history":    ". -run ^TestLargeListingWithHistory$",
 	"with-history":     ". -run ^TestKeysWithHistory$",
 	"missed":           ". -run ^TestExpiryOfWhatWasMissed$",
 	"on-replicas":      ". -run ^TestExpiriesOnReplicas$",
@@ -200,7 +201,7 @@ var mutations = []mutation{
 	{"expiry-without-the-probe", []edit{
 		{"f.probe(f.due(timestamp(info.Now.UnixNano()), f.window), true, f.expired)", "due := []finding{}\n			for _, t := range f.due(timestamp(info.Now.UnixNano()), f.window) {\n				due = append(due, finding{t: t, revision: t.revision, probeResult: probeResult{last: t.revision, known: true}})\n			}\n			f.expired(due)"},
 	}, []string{"at-the-deadline"}},
-	{"keys-stop-at-what-was-removed", []edit{{"		l.skipsTo = info.State.LastSeq\n", ""}}, []string{"with-history"}},
+	{"keys-by-the-last-revisions", []edit{{"		Name: c.name, Deliver: \"all\",", "		Name: c.name, Deliver: \"last_per_subject\","}}, []string{"with-history", "large-history"}},
 	{"expiry-of-what-was-replaced", []edit{{" &&\n		(r.replaced == 0 || r.replaced == t.deadline)\n", "\n"}}, []string{"missed"}},
 	{"expiry-without-a-majority", []edit{{"	return b.replicated() && b.settings.Load().MarkerTTL == 0\n", "	return false\n"}}, []string{"on-replicas"}},
 	{"expiry-over-what-may-live-on", []edit{{"			questions[i].mark = mark && !t.aged\n", ""}}, []string{"on-replicas"}},
