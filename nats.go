@@ -106,11 +106,13 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // others elect another leader before it notices. Where that must not happen, use a
 // Lock or an Update, which a majority always decides.
 //
-// A majority also decides that a watched key has expired: a watch that finds one
-// at its deadline replaces it by a deletion, if it is still the last revision, and
-// reports what was accepted. A watch cannot do so, and may report an expiry that
-// such a leader confirms, if the bucket is full, if its own TTL ends the key, or
-// if it has delete markers.
+// A majority also decides that a watched key has expired or was purged: the first
+// watch that finds it so writes a deletion, on condition that nothing was written
+// since, and all of them report what was accepted. The deletion stays for two
+// seconds, or for as long as what it replaces. A watch does without, and may report
+// an expiry that such a leader confirms, if the bucket is full, if the bucket's own
+// TTL ends the key, if the bucket has delete markers, or if an older revision comes
+// back because another client wrote the one that expired.
 //
 // An acknowledgement means that a majority of the replicas has the change. The
 // servers' sync_interval says when they sync it to the disk.

@@ -36,6 +36,7 @@ type mutation struct {
 	op     string // identifies the write
 	value  []byte
 	marker bool          // a deletion: a marker takes the place of the value
+	expiry bool          // of a value that has expired
 	ttl    time.Duration // 0 for one without end
 }
 
@@ -98,11 +99,14 @@ func (e encoder) encode(m mutation, base record, pre precondition) (header, reco
 	}
 	next.uncertain = !surely
 	state := stateHeader{op: m.op}
-	if !e.fixed && (lasts || !m.marker) {
+	switch {
+	case e.fixed:
+	case m.expiry:
+		state.expired, state.replaced = base.revision, base.deadline
+	case lasts:
+		state.created, state.replaced = next.created, base.deadline
+	case !m.marker:
 		state.created = next.created
-		if lasts {
-			state.replaced = base.deadline
-		}
 	}
 	switch {
 	case pre == ifUnchanged && e.fixed:
@@ -154,11 +158,15 @@ func (e encoder) serverTTL(ttl time.Duration, base record, deadline timestamp) t
 	if e.markers {
 		extra = minTombstoneTTL
 	}
-	t += min(extra, math.MaxInt64-t)
-	if whole := t.Truncate(time.Second); whole != t && whole <= maxServerTTL {
-		t = whole + time.Second
+	return wholeSeconds(t + min(extra, math.MaxInt64-t))
+}
+
+// wholeSeconds rounds a TTL up, if that is one for the server.
+func wholeSeconds(ttl time.Duration) time.Duration {
+	if whole := ttl.Truncate(time.Second); whole != ttl && whole <= maxServerTTL {
+		return whole + time.Second
 	}
-	return t
+	return ttl
 }
 
 func seconds(d time.Duration) string { return strconv.FormatInt(int64(d/time.Second), 10) }

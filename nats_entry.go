@@ -30,6 +30,7 @@ const (
 	//	d=  the deadline of the value that was replaced: if that had passed when
 	//	    this one was written, the key came into being with this one
 	//	t=  the exact TTL, of which Nats-TTL is only the server's part
+	//	x=  of a deletion: the revision that had expired, with the deadline d=
 	//
 	// in nanoseconds, times since 1970.
 	headerState = "State"
@@ -43,6 +44,7 @@ type record struct {
 	removal  timestamp // when the server removes it; none for 0
 	deleted  bool      // it is a marker; created is then that of what it deleted
 	expiry   bool      // and the server wrote it, in place of what expired
+	expired  uint64    // or a watch did: the revision that had expired
 	aged     bool      // the deadline is that of the bucket's MaxAge
 	op       string    // identifies the write, "" if another client made it
 	replaced timestamp // the deadline of what was replaced, as far as the writer knew; 0 for none
@@ -54,6 +56,11 @@ type record struct {
 	// contended says, of a lock that this store has released, that it had waited
 	// for it.
 	contended bool
+}
+
+// markedGone reports whether a watch wrote it because there was nothing.
+func (r *record) markedGone() bool {
+	return r.deleted && r.op != "" && r.created == 0 && r.replaced == 0
 }
 
 // exists reports whether the key exists at now.
@@ -86,7 +93,7 @@ func decode(hdr nats.Header, data []byte, seq uint64, written timestamp, maxAge 
 	reason := hdr.Get(headerReason)
 	if op := hdr.Get(headerOperation); op == "DEL" || op == "PURGE" || reason != "" {
 		r.deleted = true
-		r.expiry = reason == "MaxAge"
+		r.expiry, r.expired = reason == "MaxAge", st.expired
 		if !lasting {
 			r.created = 0
 		}
@@ -116,6 +123,7 @@ type stateHeader struct {
 	created  timestamp
 	replaced timestamp // the deadline of what was replaced
 	ttl      time.Duration
+	expired  uint64 // the revision that was replaced because it had expired
 }
 
 // encode appends the words that matter.
@@ -130,6 +138,7 @@ func (h stateHeader) encode() string {
 	word(" c=", int64(h.created))
 	word(" d=", int64(h.replaced))
 	word(" t=", int64(h.ttl))
+	word(" x=", int64(h.expired))
 	return string(b)
 }
 
@@ -151,6 +160,8 @@ func decodeState(s string) (h stateHeader) {
 			h.replaced = timestamp(n)
 		case "t":
 			h.ttl = time.Duration(n)
+		case "x":
+			h.expired = uint64(n)
 		}
 	}
 	return h

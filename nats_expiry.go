@@ -69,17 +69,19 @@ type tracked struct {
 	expiring
 	revision uint64
 	created  timestamp
-	unread   bool // the revision was listed, and will be delivered
-	aged     bool // the deadline is that of the bucket's MaxAge, which may be changed
+	removal  timestamp // when the server removes it; none for 0
+	unread   bool      // the revision was listed, and will be delivered
+	aged     bool      // the deadline is that of the bucket's MaxAge, which may be changed
 }
 
 // ended reports whether the key had come to its deadline when r, a later record
-// of it, was written. What was written in between may have been missed: a
-// record of the same creation shows that it never ended, and one that replaced
-// something with another deadline, that something else ended.
+// of it, was written. What was written in between may have been missed. That there
+// was something, and the key never ended, is shown by a record of the same creation,
+// by one that replaced what had a later deadline, and by one that found nothing to
+// replace: the server keeps a value for a while.
 func (t *tracked) ended(r *record) bool {
 	return (t.deadline.passed(r.modified) || r.expiry) && t.created != r.created &&
-		(r.replaced == 0 || r.replaced == t.deadline)
+		r.replaced <= t.deadline && !r.markedGone()
 }
 
 // A reportedDeletion is the last deletion or expiry of a key that was reported: a marker
@@ -96,7 +98,7 @@ func (f *feed) track(key string, r *record, unread bool) {
 		t = &tracked{expiring: expiring{key: key}}
 		f.alive[key] = t
 	}
-	t.revision, t.created, t.unread, t.aged = r.revision, r.created, unread, r.aged
+	t.revision, t.created, t.removal, t.unread, t.aged = r.revision, r.created, r.removal, unread, r.aged
 	f.floor = min(f.floor, r.revision)
 	f.expiries.set(&t.expiring, r.deadline)
 }
@@ -233,6 +235,10 @@ func (f *feed) expire() {
 				f.deferred = time.Now().Add(checkInterval)
 				return
 			}
+			if f.source == nil || !info.Created.Equal(f.created) {
+				f.asking = false // it is cut off, or the bucket is another one
+				return
+			}
 			f.probe(f.due(timestamp(info.Now.UnixNano()), f.window), true, f.expired)
 		})
 	})
@@ -271,16 +277,17 @@ func (f *feed) probe(keys []*tracked, over bool, then func([]finding)) {
 		findings[i] = finding{t: t, revision: t.revision}
 		questions[i] = question{key: t.key, mark: mark}
 		if over {
-			questions[i].base = record{entry: entry{revision: t.revision, created: t.created}, deadline: t.deadline}
-			questions[i].mark = mark && !t.aged
+			questions[i].base = record{entry: entry{revision: t.revision}, deadline: t.deadline, removal: t.removal}
+			questions[i].mark = mark && !t.aged && !t.unread
 		}
 	}
 	if len(keys) == 0 {
 		then(findings)
 		return
 	}
+	e := f.epoch
 	f.b.start(func() {
-		for i, result := range f.b.probe(newBudget(f.ctx), questions) {
+		for i, result := range f.b.probe(newBudget(f.ctx), e, questions) {
 			findings[i].probeResult = result
 		}
 		f.post(func() { then(findings) })
@@ -296,6 +303,9 @@ func (f *feed) expired(findings []finding) {
 		switch {
 		case f.alive[t.key] != t || t.revision != found.revision:
 			// It was refreshed, or is gone, as has been reported.
+		case found.underWay && f.b.marksExpiries():
+			// Maybe the marker of another store.
+			f.unconfirmed[t.key] = t
 		case !found.known, t.unread && found.last == t.revision:
 			// A write is under way, nobody leads, the value has not been delivered
 			// yet, or the server is overloaded. Ask again.

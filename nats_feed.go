@@ -498,6 +498,10 @@ func (f *feed) report(key string, r record) {
 	if !f.listed || f.listing {
 		f.touched[key] = r.revision
 	}
+	if r.expired != 0 {
+		f.reportExpiry(key, t, &r)
+		return
+	}
 	if t != nil && t.ended(&r) {
 		// It had expired before this was written.
 		at := t.deadline
@@ -516,6 +520,17 @@ func (f *feed) report(key string, r record) {
 	case f.unseen(key, &r):
 		f.recentDeletions[key] = reportedDeletion{r.created, time.Now()}
 		f.push(deletion(key, r.revision, r.modified))
+	}
+}
+
+// reportExpiry reports the expiry that a watch has marked. The value may never have
+// been delivered.
+func (f *feed) reportExpiry(key string, t *tracked, r *record) {
+	switch {
+	case t != nil:
+		f.reportDeletion(t, r.expired, r.replaced)
+	case !f.listed && r.replaced > f.openedAt:
+		f.push(deletion(key, r.expired, r.replaced)) // it existed before the feed
 	}
 }
 

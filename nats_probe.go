@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -17,73 +18,88 @@ type question struct {
 	// base is what the feed has of it: a value whose own TTL has passed, or
 	// nothing, if the question is whether the key is gone.
 	base record
-	// mark says that a marker may prove the answer.
-	mark bool
+	mark bool // a marker may prove the answer
 }
 
 // A probeResult is the last sequence that the leader has of a key, 0 if it has
 // none. It is not known while a write to the key is under way.
 type probeResult struct {
-	last    uint64
-	known   bool
-	refused bool // the marker could not be written
+	last     uint64
+	known    bool
+	underWay bool // another write was, so that a marker could not be written
+	refused  bool // a marker could not be written for another reason
 }
 
 // probeWindow is how many questions are under way at a time.
 const probeWindow = 256
 
-// probe asks the leader for the last sequences of keys, by writes that cannot be
-// stored: the refusal names the sequence, or says that a write to the key is
-// under way, which no read shows. A probe costs the leader a look at its index.
+// probe asks the leader for the last sequences of keys.
 //
-// On several replicas, a server that does not lead any more may answer, until it
-// notices. So the write is a marker there that takes the place of the base, and
-// can be stored if that is still the last record. A majority has to accept it,
-// and no refresh can follow it.
-func (b *bucket) probe(budget *retryBudget, questions []question) []probeResult {
+// On one server it asks by writes that cannot be stored. The refusal names the
+// sequence, or says that a write to the key is under way, which no read shows.
+// Such a probe costs the leader a look at its index.
+//
+// On several servers one that does not lead any more may answer, until it notices.
+// So the write is a marker that takes the place of what has ended, and is stored
+// if that is still the last record. A majority has to accept it, and no refresh can
+// follow it.
+//
+// The epoch is that in which the feed was attached: the bucket is still the same.
+func (b *bucket) probe(budget *retryBudget, e *epoch, questions []question) []probeResult {
 	results := make([]probeResult, 0, len(questions))
 	for part := range slices.Chunk(questions, probeWindow) {
-		results = append(results, b.probeSome(budget, part)...)
+		results = append(results, b.probeSome(budget, e, part)...)
 	}
 	return results
 }
 
-func (b *bucket) probeSome(budget *retryBudget, questions []question) []probeResult {
-	results := b.ask(budget, questions)
-	var again []question
-	var places []int
-	for i, q := range questions {
-		switch {
-		case !q.mark:
-			continue
-		case results[i].refused:
-			q.mark = false
-		case q.base.revision != 0 && results[i].known && results[i].last == 0:
-			q.base = record{} // the server has removed it
-		default:
-			continue
+func (b *bucket) probeSome(budget *retryBudget, e *epoch, questions []question) []probeResult {
+	results := b.ask(budget, e, questions)
+	for range 2 { // at most it marks what has ended, that there is nothing, and none
+		var again []question
+		var places []int
+		for i, q := range questions {
+			if q.followUp(results[i]) {
+				questions[i] = q
+				again, places = append(again, q), append(places, i)
+			}
 		}
-		again, places = append(again, q), append(places, i)
-	}
-	if len(again) > 0 {
-		for i, result := range b.ask(budget, again) {
+		if len(again) == 0 {
+			break
+		}
+		for i, result := range b.ask(budget, e, again) {
 			results[places[i]] = result
 		}
 	}
 	return results
 }
 
+// followUp changes the question to what is to be asked next, if its answer leaves
+// something open.
+func (q *question) followUp(answer probeResult) bool {
+	switch {
+	case !q.mark:
+		return false
+	case answer.refused:
+		q.mark = false
+	case answer.known && answer.last == 0 && q.base.revision != 0:
+		q.base = record{} // the server has removed it
+	default:
+		return false
+	}
+	return true
+}
+
 // ask asks each question once, all of them at the same time.
-func (b *bucket) ask(budget *retryBudget, questions []question) []probeResult {
+func (b *bucket) ask(budget *retryBudget, e *epoch, questions []question) []probeResult {
 	results := make([]probeResult, len(questions))
-	e, err := b.connected(budget)
-	if err != nil {
+	if now, err := b.connected(budget); err != nil || now != e {
 		return results
 	}
 	exchanges := make([]*exchange, len(questions))
-	for i, q := range questions {
+	for i := range questions {
 		exchanges[i] = b.expect()
-		msg := b.question(q)
+		msg := b.questionMsg(&questions[i])
 		msg.Reply = exchanges[i].reply
 		_ = b.publish(msg)
 	}
@@ -104,10 +120,12 @@ func (b *bucket) ask(budget *retryBudget, questions []question) []probeResult {
 	return results
 }
 
-// question makes the write that asks a question.
-func (b *bucket) question(q question) *nats.Msg {
+// questionMsg makes the write that asks a question. A marker stays for as long as
+// what it replaces would have, and hides what that hides.
+func (b *bucket) questionMsg(q *question) *nats.Msg {
 	if q.mark {
-		m := mutation{key: q.key, op: b.nextOp(), marker: true, ttl: minTombstoneTTL}
+		life := max(expiryGrace, time.Duration(q.base.removal-b.clock.now()))
+		m := mutation{key: q.key, op: b.nextOp(), marker: true, expiry: q.base.revision != 0, ttl: wholeSeconds(life)}
 		if msg, _, err := b.encode(m, q.base, ifUnchanged); err == nil {
 			return msg
 		}
@@ -135,10 +153,14 @@ func probed(msg *nats.Msg) probeResult {
 		return probeResult{last: seq, known: true}
 	}
 	var api *jetstream.APIError
-	if err := decodeAnswer(msg.Data, nil); !errors.As(err, &api) || passing(api) || api.ErrorCode == codeWriteInFlight {
+	if err := decodeAnswer(msg.Data, nil); !errors.As(err, &api) || passing(api) {
 		return probeResult{}
 	}
-	if api.ErrorCode != codeWrongSequence {
+	switch api.ErrorCode {
+	case codeWrongSequence:
+	case codeWriteInFlight:
+		return probeResult{underWay: true}
+	default:
 		return probeResult{refused: true}
 	}
 	_, text, _ := strings.Cut(api.Description, ": ")

@@ -18,7 +18,8 @@ type model struct {
 	told     map[string][]modelEvent // by key, all that a watch from the beginning is told
 	expired  int                     // how many entries have expired
 	closed   bool
-	gaps     bool // a store may use revisions that the model knows nothing of
+	gaps     bool // a store may use a revision of its own for each expiry
+	gap      int  // how many it has used
 }
 
 type modelEntry struct {
@@ -98,7 +99,10 @@ func (m *model) put(key, value string, ttl time.Duration) error {
 // adopt gives the entry that was put last the revision that the store gave it. It
 // reports whether it could.
 func (m *model) adopt(key string, revision uint64) bool {
-	if revision != m.revision && (!m.gaps || revision < m.revision) {
+	if m.gaps {
+		m.gap += int(revision) - int(m.revision)
+	}
+	if revision < m.revision || revision > m.revision && (!m.gaps || m.gap > m.expired) {
 		return false
 	}
 	told := m.told[key]

@@ -138,7 +138,7 @@ func TestIsolatedLeader(t *testing.T) {
 		for outside.Put(agent, []byte("refreshed"), 2*time.Minute) != nil && time.Since(cut) < 11*time.Second {
 		}
 		if entry, err := outside.GetKeyValue(agent); err != nil || entry.Created.Equal(entry.Modified) {
-			held <- fmt.Errorf("the key was not refreshed in time: %v, %w", entry, err)
+			held <- fmt.Errorf("the key was not refreshed in time: %v, %v", entry, err)
 			return
 		}
 		_, err := outside.Lock("l", time.Minute)

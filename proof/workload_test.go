@@ -618,8 +618,8 @@ func (l *load) hold(ctx context.Context, client int, name string, ttl time.Durat
 		l.bounded("refresh", call)
 		switch {
 		case err == nil:
-			if ret >= g.over {
-				l.broke("lock %s: a refresh succeeded at %.3f, when the lease was over at %.3f", name, float64(ret)/1e9, float64(g.over)/1e9)
+			if call >= g.over {
+				l.broke("lock %s: a refresh that was called for at %.3f succeeded, when the lease was over at %.3f", name, float64(call)/1e9, float64(g.over)/1e9)
 			}
 			l.lock(client, name, lockInput{lockRefresh, g.token}, call, ret, false)
 			l.mu.Lock()
