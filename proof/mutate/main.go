@@ -125,7 +125,7 @@ var mutations = []mutation{
 	}, []string{"vague-clock"}},
 	{"expired-is-visible", []edit{{"	b.cache.learn(key, r)\n	if !b.exists(budget, &r) {", "	b.cache.learn(key, r)\n	if r.revision == 0 || r.deleted {"}}, []string{"nats-model", "both-model"}},
 	{"ttl-cut-to-seconds", []edit{
-		{"	t += min(extra, math.MaxInt64-t)\n	if whole := t.Truncate(time.Second); whole != t && whole <= maxServerTTL {\n		t = whole + time.Second\n	}\n", "	_, _ = extra, math.MaxInt64\n	t = max(t, time.Second).Truncate(time.Second)\n"},
+		{"	return wholeSeconds(t + min(extra, math.MaxInt64-t))\n", "	_, _ = extra, math.MaxInt64\n	return max(t, time.Second).Truncate(time.Second)\n"},
 	}, []string{oneServer}},
 	{"created-not-kept", []edit{
 		{"	if lasts {\n		next.created = base.created\n	}\n", ""},
