@@ -777,3 +777,55 @@ func TestExpiryMarkedNearTheOpening(t *testing.T) {
 	require.Equal(t, base.revision, ev.Revision)
 	require.Equal(t, int64(base.deadline), ev.Modified.UnixNano())
 }
+
+// TestManyExpiriesOnReplicas: many stores find at the same time that many keys have
+// expired. Each key is marked once, and a store asks about it a few times.
+func TestManyExpiriesOnReplicas(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster")
+	}
+	t.Parallel()
+	const stores, keys = 9, 1000
+	c := startCluster(t)
+	open := func(i int) *NATSStore {
+		return openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[i%3].ClientURL()), Bucket: "b", Replicas: 3})
+	}
+	writer := open(0)
+	var all []*NATSStore
+	var watches []*observer
+	for i := range stores {
+		s := open(i)
+		all, watches = append(all, s), append(watches, observe(mustWatch(t, s, "*")))
+	}
+	var writers sync.WaitGroup
+	for w := range 16 {
+		writers.Go(func() {
+			for i := w; i < keys; i += 16 {
+				assert.NoError(t, writer.Put(fmt.Sprintf("k.%d", i), nil, 4*time.Second))
+			}
+		})
+	}
+	writers.Wait()
+	asked := uint64(0)
+	for _, s := range all {
+		asked -= s.Stats().Requests
+	}
+	before, err := writer.data.info(newBudget(t.Context()))
+	require.NoError(t, err)
+	var late time.Duration
+	for _, w := range watches {
+		eventually(t, func() bool { return len(w.deletions("k.")) == keys }, "all expiries")
+		for _, ends := range w.deletions("k.") {
+			require.Len(t, ends, 1)
+			late = max(late, ends[0].arrived.Sub(ends[0].Modified))
+		}
+	}
+	for _, s := range all {
+		asked += s.Stats().Requests
+	}
+	after, err := writer.data.info(newBudget(t.Context()))
+	require.NoError(t, err)
+	require.EqualValues(t, keys, after.State.LastSeq-before.State.LastSeq, "one marker for each")
+	t.Logf("%d stores asked %.1f times for each key, and reported it at most %v after its deadline", stores, float64(asked)/stores/keys, late)
+	require.Less(t, asked, uint64(4*stores*keys))
+}
