@@ -12,9 +12,15 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// maxPullBytes is how many bytes the server may send for one request of a
-// consumer, unless a single message is larger.
-const maxPullBytes = 4 << 20
+const (
+	// maxPullBytes is how many bytes a listing lets the server send at a time. It
+	// begins with what holds any message: the server closes a connection over which
+	// what it sends does not get within ten seconds.
+	maxPullBytes = 4 << 20
+	// fastPull is how soon a request must have ended that more bytes are asked for
+	// after it.
+	fastPull = 500 * time.Millisecond
+)
 
 // A consumer reads messages of a bucket in the order of the stream. It lives on
 // one of the stream's servers, in memory, until it is stopped or forgotten.
@@ -25,10 +31,12 @@ type consumer struct {
 	mail  chan *nats.Msg // what the server sends, without a goroutine in between
 	batch int            // the most messages that one request asks for
 	count uint64         // how many messages have been accepted
+	bytes int            // how many the server may send for one request
 	info  consumerInfo
 	live  bool // the server has it
 
 	request *nats.Msg // the last one for messages
+	before  uint64    // how many messages had been accepted before it
 }
 
 // statusRoom is how many statuses fit into a consumer's mail beside the messages
@@ -71,7 +79,10 @@ type consumption struct {
 //
 // The answer comes on the consumer's own subscription, which shows that it works.
 func (b *bucket) consume(budget *retryBudget, want consumption) (*consumer, error) {
-	c := &consumer{b: b, name: rand.Text(), batch: want.batch, mail: make(chan *nats.Msg, want.batch+statusRoom)}
+	c := &consumer{
+		b: b, name: rand.Text(), batch: want.batch, mail: make(chan *nats.Msg, want.batch+statusRoom),
+		bytes: int(b.nc.MaxPayload()) + headerRoom + 2*maxKeyLen,
+	}
 	cfg := consumerConfig{
 		Name: c.name, Deliver: "all", Ack: "none", Replay: "instant", Filter: want.filter,
 		HeadersOnly: want.headersOnly, Inactive: want.life, Replicas: 1, Memory: true,
@@ -165,7 +176,7 @@ func (c *consumer) pull(req pullRequest) (int, error) {
 	if most := int(c.b.maxBatch.Load()); most > 0 {
 		req.Batch = min(req.Batch, most)
 	}
-	req.MaxBytes = max(maxPullBytes, 2*int(c.b.nc.MaxPayload()))
+	req.MaxBytes, c.before = c.bytes, c.count
 	data, err := json.Marshal(req)
 	if err != nil {
 		return 0, err
@@ -218,6 +229,9 @@ func (c *consumer) status(msg *nats.Msg) status {
 		if count, _ := strconv.ParseUint(msg.Header.Get("Nats-Last-Consumer"), 10, 64); count == c.count {
 			st.seq, _ = strconv.ParseUint(msg.Header.Get("Nats-Last-Stream"), 10, 64)
 		}
+	}
+	if st.code == "409" && st.ended && c.count == c.before {
+		c.bytes *= 2 // maybe it was too large, for the limit has been lowered
 	}
 	if text := msg.Header.Get("Description"); st.code == "409" && strings.HasPrefix(text, "Exceeded MaxRequestBatch of ") {
 		if most, err := strconv.Atoi(text[len("Exceeded MaxRequestBatch of "):]); err == nil && most > 0 {

@@ -287,6 +287,9 @@ func (l *listRun) pull(budget *retryBudget) (got int, st status, err error) {
 			st.code = ""
 		}
 	}
+	if got > 0 && time.Since(began) < fastPull {
+		l.source.bytes = max(l.source.bytes, min(2*l.source.bytes, maxPullBytes))
+	}
 	if st.code == "408" && got > 0 && time.Since(began) < opTimeout/2 {
 		st.code = "404" // what servers say that are older, long before the time is up
 	}

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
@@ -182,4 +183,27 @@ func TestLargeListingWithHistory(t *testing.T) {
 		require.Equal(t, fmt.Sprintf("k.%03d", i), kv.Key)
 		require.Equal(t, byte(i%3), kv.Value[8192], "the last revision")
 	}
+}
+
+// TestWatchesOverANarrowLink: a server closes a connection over which what it sends
+// does not get in time, so the watches of a store do not ask for much at once.
+func TestWatchesOverANarrowLink(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, func(o *server.Options) { o.WriteDeadline = time.Second }) // by default, ten
+	near := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	nc, p := connectAt(t, srv.ClientURL(), distance{rtt: 2 * time.Millisecond})
+	far := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	const keys, patterns = 10, 6
+	var watches []*observer
+	for i := range patterns {
+		watches = append(watches, observe(mustWatch(t, far, "abcdef.g"[:i]+"*")))
+	}
+	p.move(distance{rtt: 2 * time.Millisecond, bandwidth: 4 << 20})
+	for i := range keys {
+		require.NoError(t, near.Put(fmt.Sprintf("abcdef.g.%d", i), make([]byte, 400<<10), 0))
+	}
+	for _, w := range watches {
+		eventually(t, func() bool { return w.last(fmt.Sprintf("abcdef.g.%d", keys-1)) != nil }, "all of it")
+	}
+	require.Zero(t, nc.Stats().Reconnects)
 }

@@ -30,10 +30,10 @@ func far() distance {
 	return d
 }
 
-// narrow is far, and between 300 KiB/s and 3 MiB/s wide.
+// narrow is far, and between 250 KiB/s and 3 MiB/s wide.
 func narrow() distance {
 	d := far()
-	d.bandwidth = 300<<10 + rand.IntN(2700<<10)
+	d.bandwidth = 250<<10 + rand.IntN(2750<<10)
 	return d
 }
 

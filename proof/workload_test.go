@@ -24,7 +24,7 @@ type load struct {
 	keys, lockers, timers, watchers int // clients of each kind
 	pace                            time.Duration
 	epoch                           time.Duration // how long a key is used before the next one, so that histories stay short
-	big                             int           // the largest value
+	big                             int           // the size of the largest value, which is rare
 	catchUp                         time.Duration // how long watches may take to catch up at the end
 	quiet                           bool          // no faults: calls that are cut short must return at once
 	loose                           bool          // settings change that entries depend on
@@ -188,7 +188,7 @@ func (l *load) acked(w *write) {
 func (l *load) value(client, n int) string {
 	value := fmt.Sprintf("%d.%d", client, n)
 	if l.big > 0 && rand.IntN(20) == 0 {
-		value += "." + strings.Repeat("x", rand.IntN(l.big-len(value)))
+		value += "." + strings.Repeat("x", rand.IntN(l.big>>rand.IntN(8)-len(value)))
 	}
 	return value
 }
