@@ -37,6 +37,7 @@ type consumer struct {
 
 	request *nats.Msg // the last one for messages
 	before  uint64    // how many messages had been accepted before it
+	left    int       // how many bytes it may bring yet, if it is the only one
 }
 
 // statusRoom is how many statuses fit into a consumer's mail beside the messages
@@ -44,6 +45,7 @@ type consumer struct {
 const statusRoom = 64
 
 type consumerInfo struct {
+	Name      string    `json:"name"`
 	Pending   uint64    `json:"num_pending"`
 	Now       time.Time `json:"ts"`
 	Delivered struct {
@@ -130,7 +132,10 @@ func (c *consumer) create(budget *retryBudget, e *epoch, cfg consumerConfig) err
 			err = nats.ErrNoResponders
 		} else if err = decodeAnswer(answer.Data, &c.info); err == nil {
 			budget.progress()
-			return nil
+			if c.info.Name == c.name {
+				return nil
+			}
+			err = nats.ErrNoResponders // the server is stopping, and has stopped the consumer
 		}
 		if !passing(err) {
 			return err
@@ -176,7 +181,7 @@ func (c *consumer) pull(req pullRequest) (int, error) {
 	if most := int(c.b.maxBatch.Load()); most > 0 {
 		req.Batch = min(req.Batch, most)
 	}
-	req.MaxBytes, c.before = c.bytes, c.count
+	req.MaxBytes, c.before, c.left = c.bytes, c.count, c.bytes
 	data, err := json.Marshal(req)
 	if err != nil {
 		return 0, err
@@ -209,6 +214,7 @@ func (c *consumer) accept(msg *nats.Msg) (delivery, status, error) {
 		return d, status{}, fmt.Errorf("delivery with the reply subject %q", msg.Reply)
 	}
 	c.count++
+	c.left -= msg.Size()
 	if d.count != c.count {
 		return d, status{}, errDisorder
 	}

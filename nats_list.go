@@ -182,6 +182,9 @@ func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, valu
 	l := &listRun{b: b, pattern: p, maxAge: info.config.MaxAge, values: values}
 	if info.config.Replicas > 1 {
 		msg, err := b.leaderMsg(budget, filter)
+		if err == nil && msg == nil {
+			msg, err = b.leaderMsg(budget, filter) // see below
+		}
 		if err != nil || msg == nil {
 			return nil, err
 		}
@@ -197,7 +200,13 @@ func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, valu
 	}
 	defer l.source.stop()
 	if l.source.info.Pending == 0 && l.upTo == 0 {
-		return nil, nil
+		// A server that is stopping may say that there is nothing. After that it
+		// does not know the stream any more.
+		msg, err := b.leaderMsg(budget, filter)
+		if err == nil && msg != nil {
+			err = fmt.Errorf("%w: there is something", errStartOver)
+		}
+		return nil, err
 	}
 	if info.config.PerKey == 1 {
 		l.all = make([]listed, 0, l.source.info.Pending)
@@ -258,7 +267,8 @@ func (l *listRun) pull(budget *retryBudget) (got int, st status, err error) {
 	if err != nil {
 		return 0, st, fmt.Errorf("%w: %w", errStartOver, err)
 	}
-	for got < asked && st.code == "" {
+	// The server does not say so when a request has brought exactly its bytes.
+	for got < asked && st.code == "" && l.source.left != 0 {
 		msg, err := l.source.next(budget, l.epoch, l.timer)
 		if err != nil {
 			return got, st, err

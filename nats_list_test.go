@@ -3,12 +3,16 @@ package state
 import (
 	"context"
 	"fmt"
+	"regexp"
 	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
@@ -206,4 +210,81 @@ func TestWatchesOverANarrowLink(t *testing.T) {
 		eventually(t, func() bool { return w.last(fmt.Sprintf("abcdef.g.%d", keys-1)) != nil }, "all of it")
 	}
 	require.Zero(t, nc.Stats().Reconnects)
+}
+
+// TestListingOnAStoppingServer: a server that is stopping can answer that it has made
+// a consumer and not say which, or that the consumer has nothing to deliver. That is
+// not an empty bucket.
+func TestListingOnAStoppingServer(t *testing.T) {
+	t.Parallel()
+	pending := regexp.MustCompile(`"num_pending":\s*[0-9]+`)
+	for name, change := range map[string]func(answer []byte) []byte{
+		"no-consumer": func([]byte) []byte { return []byte(`{"type":"io.nats.jetstream.api.v1.consumer_create_response"}`) },
+		"no-messages": func(answer []byte) []byte { return pending.ReplaceAll(answer, []byte(`"num_pending":0`)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, nil)
+			// The store reaches the server through this, which changes one answer.
+			nc := connect(t, srv.ClientURL())
+			var changed atomic.Bool
+			_, err := nc.Subscribe("through.>", func(msg *nats.Msg) {
+				subject := strings.TrimPrefix(msg.Subject, "through.")
+				if !strings.HasPrefix(subject, "$KV.") {
+					subject = "$JS.API." + subject
+				}
+				passed := &nats.Msg{Subject: subject, Reply: msg.Reply, Header: msg.Header, Data: msg.Data}
+				if strings.Contains(subject, "CONSUMER.CREATE") && changed.CompareAndSwap(false, true) {
+					go func() {
+						answer, err := nc.RequestMsg(passed, 5*time.Second)
+						if assert.NoError(t, err) {
+							assert.NoError(t, nc.Publish(msg.Reply, change(answer.Data)))
+						}
+					}()
+					return
+				}
+				assert.NoError(t, nc.PublishMsg(passed))
+			})
+			require.NoError(t, err)
+			require.NoError(t, nc.Flush())
+			s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b", APIPrefix: "through"})
+			require.NoError(t, s.Put("k", nil, 0))
+			keys, err := s.Keys("*")
+			require.NoError(t, err)
+			require.True(t, changed.Load())
+			require.Equal(t, []string{"k"}, keys)
+		})
+	}
+}
+
+// TestPullOfExactlyItsBytes: a server says that a request has ended for its bytes,
+// except if what it brought comes to exactly these.
+func TestPullOfExactlyItsBytes(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	for i := range 8 {
+		require.NoError(t, s.Put(fmt.Sprintf("k.%d", i), []byte("value"), 0))
+	}
+	run := func(bytes int) (l *listRun, got, asked int) {
+		l = &listRun{b: s.data, pattern: pattern{wild: true}, batch: 20, timer: time.NewTimer(time.Hour)}
+		l.epoch, _ = s.data.current()
+		budget := newBudget(t.Context())
+		var err error
+		l.source, err = s.data.consume(budget, consumption{filter: "$KV.b.>", batch: 20, life: time.Minute})
+		require.NoError(t, err)
+		defer l.source.stop()
+		if bytes > 0 {
+			l.source.bytes = bytes
+		}
+		asked = l.source.bytes
+		got, _, err = l.pull(budget)
+		require.NoError(t, err)
+		return l, got, asked
+	}
+	all, got, asked := run(0)
+	require.Equal(t, 8, got)
+	l, got, _ := run((asked - all.source.left) / 8 * 5)
+	require.Equal(t, 5, got)
+	require.Zero(t, l.source.left)
 }

@@ -22,6 +22,9 @@ type sighting struct {
 // key in a full bucket: it has the revision of the value, and the time at which it
 // was found.
 func (l *load) removed(kv *state.KeyValue) bool {
+	if l.evicts {
+		return kv.Operation == state.OpDelete
+	}
 	put, seen := l.sightings.Load(sighting{kv.Revision, state.OpPut})
 	return kv.Operation == state.OpDelete && seen && put.(*state.KeyValue).Expires.IsZero()
 }

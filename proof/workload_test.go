@@ -28,6 +28,7 @@ type load struct {
 	catchUp                         time.Duration // how long watches may take to catch up at the end
 	quiet                           bool          // no faults: calls that are cut short must return at once
 	loose                           bool          // settings change that entries depend on
+	evicts                          bool          // the bucket may remove any entry without a message
 	endable                         bool          // watches may end
 	allowed                         []error       // sentinels that are documented for what an operator does
 	late                            time.Duration // how long a write of unknown outcome may be under way
