@@ -107,6 +107,9 @@ type streamInfo struct {
 	config streamConfig // from Config
 }
 
+// clustered reports whether the stream's server is part of a cluster.
+func (i *streamInfo) clustered() bool { return i.Cluster != nil && i.Cluster.Name != "" }
+
 type streamState struct {
 	FirstSeq uint64 `json:"first_seq"`
 	LastSeq  uint64 `json:"last_seq"`
@@ -187,7 +190,7 @@ func (b *bucket) noteInfo(info *streamInfo, asked time.Time, e *epoch) error {
 	b.clock.set(timestamp(info.Now.UnixNano()), asked, e)
 	now := &settings{
 		streamConfig: info.config, created: info.Created, checked: asked, epoch: e,
-		mirrored: len(info.Alternates) > 1, alone: info.Cluster == nil || info.Cluster.Name == "", state: &info.State,
+		mirrored: len(info.Alternates) > 1, alone: !info.clustered(), state: &info.State,
 	}
 	last := b.settings.Load()
 	for ; last == nil || !last.checked.After(asked); last = b.settings.Load() {

@@ -171,8 +171,9 @@ var errStartOver = errors.New("the listing was cut short")
 // a request that does not wait, once the server looks whether the consumer is
 // still in use; by then the end has to be seen twice.
 //
-// With replicas the consumer may be on one that lags. The list is complete when
-// it has come to the last message that the leader had before, or to a later one.
+// In a cluster the consumer may be on a server that lags, or that has just lost its
+// replica. The list is complete when it has come to the last message that the leader
+// had before, or to a later one.
 //
 // With a history it reads what has been replaced, too. A consumer that delivers the
 // last message of every key leaves some out: it stops short where one was removed
@@ -180,7 +181,7 @@ var errStartOver = errors.New("the listing was cut short")
 func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, values bool) ([]listed, error) {
 	filter, began := b.filter(p), time.Now()
 	l := &listRun{b: b, pattern: p, maxAge: info.config.MaxAge, values: values}
-	if info.config.Replicas > 1 {
+	if info.clustered() {
 		msg, err := b.leaderMsg(budget, filter)
 		if err == nil && msg == nil {
 			msg, err = b.leaderMsg(budget, filter) // see below

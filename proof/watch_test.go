@@ -186,7 +186,7 @@ func (w *watched) checkExpiry(l *load, kv *state.KeyValue) {
 	switch late := time.Duration(now - was.ret - int64(was.ttl)); {
 	case now < was.call+int64(was.ttl):
 		problem = fmt.Sprintf("was reported as expired %v too early", time.Duration(was.call+int64(was.ttl)-now))
-	case was.ret != never && late > expiryWithin+l.slack() && l.quiet && !w.slow:
+	case was.ret != never && late > expiryWithin+l.transfer+l.slack() && l.quiet && !w.slow:
 		problem = fmt.Sprintf("was reported as expired %v too late", late)
 	}
 	for _, next := range l.written[kv.Key] {

@@ -25,6 +25,7 @@ type load struct {
 	pace                            time.Duration
 	epoch                           time.Duration // how long a key is used before the next one, so that histories stay short
 	big                             int           // the size of the largest value, which is rare
+	transfer                        time.Duration // how long what is in front of an event may take
 	catchUp                         time.Duration // how long watches may take to catch up at the end
 	quiet                           bool          // no faults: calls that are cut short must return at once
 	loose                           bool          // settings change that entries depend on
