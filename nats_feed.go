@@ -96,6 +96,8 @@ type attachment struct {
 	lastContact   time.Time // when something came last
 	lastContactAt timestamp // the same by the server's clock, which no pause of ours stops
 
+	suspected bool // it is being found out whether the link is just slow
+
 	readSeq      uint64    // how far the consumer has read the stream
 	lastReadSeq  uint64    // and how far when it was last seen to get on
 	goalSeq      uint64    // what it has to come to
@@ -401,10 +403,10 @@ func (f *feed) checkHealth() {
 		f.endBecause(errBucketGone)
 		return
 	case time.Since(f.lastContact) > maxSilence:
-		f.cutOff("no heartbeat")
+		f.suspect("no heartbeat", func() bool { return time.Since(f.lastContact) > maxSilence })
 		return
 	case f.lags():
-		f.cutOff("the consumer's server lags behind the leader")
+		f.suspect("the consumer's server lags behind the leader", f.lags)
 		return
 	}
 	if len(f.unconfirmed) > 0 {
@@ -419,6 +421,29 @@ func (f *feed) checkHealth() {
 	if time.Since(s.checked) > stateLife-heartbeat/2 {
 		f.b.check()
 	}
+}
+
+// suspect gives the source up if it does not deliver what it should although what the
+// server has sent gets here. A large message may be on its way over a narrow link:
+// given up, it would be sent again.
+func (f *feed) suspect(reason string, still func() bool) {
+	if f.suspected {
+		return
+	}
+	f.suspected = true
+	source := f.source
+	f.b.start(func() {
+		ctx, cancel := context.WithTimeout(f.ctx, time.Minute)
+		defer cancel()
+		// What the server had sent before this comes before its answer.
+		err := f.b.nc.FlushWithContext(ctx)
+		f.post(func() {
+			f.suspected = false
+			if err == nil && f.source == source && source != nil && len(source.mail) == 0 && still() {
+				f.cutOff(reason)
+			}
+		})
+	})
 }
 
 // lags reports whether the consumer is behind what the leader had and has not got

@@ -288,3 +288,35 @@ func TestPullOfExactlyItsBytes(t *testing.T) {
 	require.Equal(t, 5, got)
 	require.Zero(t, l.source.left)
 }
+
+// TestWatchOfALargeValue: a value that takes a narrow link longer than the watch
+// waits for a heartbeat is not asked for again.
+func TestWatchOfALargeValue(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	near := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	nc, p := connectAt(t, srv.ClientURL(), distance{rtt: 2 * time.Millisecond})
+	far := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	require.NoError(t, near.Put("first", nil, 0))
+	events := mustWatch(t, far, "*")
+	eventually(t, func() bool {
+		listed := make(chan bool, 1)
+		far.feeds.mu.Lock()
+		defer far.feeds.mu.Unlock()
+		f := far.feeds.by[pattern{wild: true}]
+		return f.post(func() { listed <- f.listed }) && <-listed
+	}, "its listing")
+	p.move(distance{rtt: 2 * time.Millisecond, bandwidth: 250 << 10})
+	large := make([]byte, 1<<20-headerRoom)
+	before := sentTo(t, srv, nc)
+	for i := range 2 {
+		require.NoError(t, near.Put(fmt.Sprint(i), large, 0))
+	}
+	for i := range 2 {
+		ev := <-events
+		require.Equal(t, fmt.Sprint(i), ev.Key)
+		require.Len(t, ev.Value, len(large))
+	}
+	require.Less(t, sentTo(t, srv, nc)-before, int64(11*2*len(large)/10), "bytes")
+	require.Zero(t, far.Stats().WatchCuts)
+}

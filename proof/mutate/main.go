@@ -45,6 +45,7 @@ var suite = map[string]string{
 	"next":             ". -run ^TestNextAmongManyWaiters$",
 	"refreshes":        ". -run ^TestRefreshNearTheEnd$",
 	"at-the-deadline":  ". -run ^TestWatchRefreshedAtTheDeadline$",
+	"large-value":      ". -run ^TestWatchOfALargeValue$",
 	"large-history":    ". -run ^TestLargeListingWithHistory$",
 	"with-history":     ". -run ^TestKeysWithHistory$",
 	"marked":           ". -run ^TestExpiryMarkedNearTheOpening$",
@@ -202,6 +203,7 @@ var mutations = []mutation{
 	{"expiry-without-the-probe", []edit{
 		{"f.probe(f.due(timestamp(info.Now.UnixNano()), f.window), true, f.expired)", "due := []finding{}\n			for _, t := range f.due(timestamp(info.Now.UnixNano()), f.window) {\n				due = append(due, finding{t: t, revision: t.revision, probeResult: probeResult{last: t.revision, known: true}})\n			}\n			f.expired(due)"},
 	}, []string{"at-the-deadline"}},
+	{"silence-of-a-narrow-link", []edit{{"		f.suspect(\"no heartbeat\", func() bool { return time.Since(f.lastContact) > maxSilence })\n", "		f.cutOff(\"no heartbeat\")\n"}}, []string{"large-value"}},
 	{"keys-by-the-last-revisions", []edit{{"		Name: c.name, Deliver: \"all\",", "		Name: c.name, Deliver: \"last_per_subject\","}}, []string{"with-history", "large-history"}},
 	{"expiry-of-what-was-replaced", []edit{{"	if r.expired != 0 {\n", "	if false {\n"}}, []string{"missed", "marked"}},
 	{"expiry-of-what-is-gone", []edit{{" && !r.markedGone()\n", "\n"}}, []string{"missed"}},
