@@ -2,6 +2,7 @@ package proof
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"strings"
@@ -221,7 +222,8 @@ func (l *load) endWatches(reader state.Store, cache *state.Cache) {
 		}
 	}
 	var entries []*state.KeyValue
-	err := eventually(20*time.Second, func() (err error) {
+	patience := max(20*time.Second, l.catchUp)
+	err := eventually(patience, func() (err error) {
 		entries, err = reader.Entries("*")
 		return err
 	})
@@ -244,8 +246,15 @@ func (l *load) endWatches(reader state.Store, cache *state.Cache) {
 		if strings.HasPrefix(key, "ttl") {
 			continue
 		}
-		if kv, err := reader.GetKeyValue(key); err != nil || kv.Revision != final[key].Revision {
-			l.broke("%s is listed but not there: %v", key, err)
+		var kv *state.KeyValue
+		err := eventually(patience, func() (err error) {
+			if kv, err = reader.GetKeyValue(key); errors.Is(err, state.ErrNotFound) {
+				kv, err = &state.KeyValue{}, nil
+			}
+			return err
+		})
+		if err != nil || kv.Revision != final[key].Revision {
+			l.broke("%s is listed but not there: %v, %v", key, kv, err)
 		}
 	}
 	for _, w := range l.watched {
