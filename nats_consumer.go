@@ -195,9 +195,12 @@ func (c *consumer) pull(req pullRequest) (int, error) {
 
 // A status is what the server sends in place of a message.
 type status struct {
-	code   string // "" for a message
-	unsent int    // how many messages a request that has ended did not bring
-	ended  bool   // a request has ended
+	// code is the server's, "" for a message, and a word of our own where that says
+	// several things: pending for a request beside another one, bytes for one that
+	// has brought its bytes, smaller for one that was too large.
+	code   string
+	unsent int  // how many messages a request that has ended did not bring
+	ended  bool // a request has ended
 	// seq is how far the consumer has read the stream, in a heartbeat.
 	seq uint64
 }
@@ -236,10 +239,16 @@ func (c *consumer) status(msg *nats.Msg) status {
 			st.seq, _ = strconv.ParseUint(msg.Header.Get("Nats-Last-Stream"), 10, 64)
 		}
 	}
-	if st.code == "409" && st.ended && c.count == c.before {
-		c.bytes *= 2 // maybe it was too large, for the limit has been lowered
-	}
-	if text := msg.Header.Get("Description"); st.code == "409" && strings.HasPrefix(text, "Exceeded MaxRequestBatch of ") {
+	text := msg.Header.Get("Description")
+	switch {
+	case st.code == "408" && text == "Requests Pending":
+		st.code = "pending"
+	case st.code == "409" && text == "Message Size Exceeds MaxBytes":
+		st.code = "bytes"
+		if c.count == c.before {
+			c.bytes *= 2 // the message is larger than any may be now
+		}
+	case st.code == "409" && strings.HasPrefix(text, "Exceeded MaxRequestBatch of "):
 		if most, err := strconv.Atoi(text[len("Exceeded MaxRequestBatch of "):]); err == nil && most > 0 {
 			c.b.maxBatch.Store(int32(min(most, 1<<20)))
 			st.code = "smaller"

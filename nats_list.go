@@ -228,7 +228,7 @@ func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, valu
 				return l.all, nil
 			}
 			continue
-		case st.code == "" || st.code == "408" || st.code == "smaller" || st.ended:
+		case st.code == "", st.code == "408", st.code == "smaller", st.code == "bytes":
 			// There may be more.
 		default:
 			return nil, fmt.Errorf("%w: status %s", errStartOver, st.code)

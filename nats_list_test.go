@@ -212,6 +212,21 @@ func TestWatchesOverANarrowLink(t *testing.T) {
 	require.Zero(t, nc.Stats().Reconnects)
 }
 
+// relay passes on what a store with the APIPrefix "through" sends to a server.
+func relay(t *testing.T, srv *server.Server, pass func(nc *nats.Conn, msg *nats.Msg)) {
+	t.Helper()
+	nc := connect(t, srv.ClientURL())
+	_, err := nc.Subscribe("through.>", func(msg *nats.Msg) {
+		subject := strings.TrimPrefix(msg.Subject, "through.")
+		if !strings.HasPrefix(subject, "$KV.") {
+			subject = "$JS.API." + subject
+		}
+		pass(nc, &nats.Msg{Subject: subject, Reply: msg.Reply, Header: msg.Header, Data: msg.Data})
+	})
+	require.NoError(t, err)
+	require.NoError(t, nc.Flush())
+}
+
 // TestListingOnAStoppingServer: a server that is stopping can answer that it has made
 // a consumer and not say which, or that the consumer has nothing to deliver. That is
 // not an empty bucket.
@@ -225,28 +240,20 @@ func TestListingOnAStoppingServer(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			srv := startServer(t, nil)
-			// The store reaches the server through this, which changes one answer.
-			nc := connect(t, srv.ClientURL())
 			var changed atomic.Bool
-			_, err := nc.Subscribe("through.>", func(msg *nats.Msg) {
-				subject := strings.TrimPrefix(msg.Subject, "through.")
-				if !strings.HasPrefix(subject, "$KV.") {
-					subject = "$JS.API." + subject
-				}
-				passed := &nats.Msg{Subject: subject, Reply: msg.Reply, Header: msg.Header, Data: msg.Data}
-				if strings.Contains(subject, "CONSUMER.CREATE") && changed.CompareAndSwap(false, true) {
+			relay(t, srv, func(nc *nats.Conn, msg *nats.Msg) {
+				if strings.Contains(msg.Subject, "CONSUMER.CREATE") && changed.CompareAndSwap(false, true) {
 					go func() {
-						answer, err := nc.RequestMsg(passed, 5*time.Second)
+						reply := msg.Reply
+						answer, err := nc.RequestMsg(msg, 5*time.Second)
 						if assert.NoError(t, err) {
-							assert.NoError(t, nc.Publish(msg.Reply, change(answer.Data)))
+							assert.NoError(t, nc.Publish(reply, change(answer.Data)))
 						}
 					}()
 					return
 				}
-				assert.NoError(t, nc.PublishMsg(passed))
+				assert.NoError(t, nc.PublishMsg(msg))
 			})
-			require.NoError(t, err)
-			require.NoError(t, nc.Flush())
 			s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b", APIPrefix: "through"})
 			require.NoError(t, s.Put("k", nil, 0))
 			keys, err := s.Keys("*")
@@ -319,4 +326,48 @@ func TestWatchOfALargeValue(t *testing.T) {
 	}
 	require.Less(t, sentTo(t, srv, nc)-before, int64(11*2*len(large)/10), "bytes")
 	require.Zero(t, far.Stats().WatchCuts)
+}
+
+// TestListingOfARequestThatGoesOn: a server that begins to stop says that requests
+// have ended, and goes on with them. The next one is refused beside it, which is not
+// the end of the listing.
+func TestListingOfARequestThatGoesOn(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	var first atomic.Pointer[nats.Msg] // of the requests for messages
+	relay(t, srv, func(nc *nats.Conn, msg *nats.Msg) {
+		held := first.Load()
+		switch {
+		case !strings.Contains(msg.Subject, "CONSUMER.MSG.NEXT"):
+		case held == nil:
+			first.Store(msg)
+			assert.NoError(t, nc.PublishMsg(&nats.Msg{Subject: msg.Reply, Header: nats.Header{
+				"Status": {"409"}, "Description": {"Server Shutdown"}, "Nats-Pending-Messages": {"10"},
+			}}))
+			return
+		case held.Reply == msg.Reply: // the next request of the same consumer
+			assert.NoError(t, nc.PublishMsg(held))
+			assert.NoError(t, nc.Flush())
+			time.Sleep(200 * time.Microsecond)
+		}
+		assert.NoError(t, nc.PublishMsg(msg))
+	})
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b", APIPrefix: "through"})
+	near := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	const keys = 2000
+	var writers sync.WaitGroup
+	for w := range 8 {
+		writers.Go(func() {
+			for i := w; i < keys; i += 8 {
+				assert.NoError(t, near.Put(fmt.Sprintf("k.%d", i), nil, 0))
+			}
+		})
+	}
+	writers.Wait()
+	for range 30 {
+		got, err := s.Keys("*")
+		require.NoError(t, err)
+		require.Len(t, got, keys)
+		first.Store(nil)
+	}
 }

@@ -866,7 +866,7 @@ func (l *load) useLists(ctx context.Context, client int, writer, reader state.St
 		case err != nil:
 			l.unexpected("keys", err)
 		case !slices.Equal(got, want):
-			l.suspect(call, fmt.Sprintf("listed %q instead of %q", got, want))
+			l.suspect(call, fmt.Sprintf("from %.3f on, %q were listed instead of %q", float64(call)/1e9, got, want))
 		default:
 			l.listings.Add(1)
 		}
