@@ -368,7 +368,7 @@ func (s *NATSStore) Entries(pattern string) ([]*KeyValue, error) {
 		return nil, err
 	}
 	budget := newBudget(ctx)
-	l, err := s.data.list(budget, p, true)
+	l, err := s.data.list(budget, p, true, 0)
 	if err != nil {
 		return nil, opError("entries", pattern, err)
 	}
@@ -431,7 +431,7 @@ func (s *NATSStore) follow(ctx context.Context, p pattern) (*source, error) {
 		return nil, err
 	}
 	budget := newBudget(ctx)
-	l, err := s.data.list(budget, p, true)
+	l, err := s.data.list(budget, p, true, f.startOf(w))
 	f.firstListing(l, err)
 	if err != nil {
 		s.feeds.leave(f, w)

@@ -124,8 +124,9 @@ func (f *feed) list() {
 	if f.listed {
 		f.touched = make(map[string]uint64)
 	}
+	since := f.cursor
 	f.b.start(func() {
-		l, err := f.b.list(newBudget(f.ctx), f.pattern, false)
+		l, err := f.b.list(newBudget(f.ctx), f.pattern, false, since)
 		f.post(func() { f.endListing(l, err) })
 	})
 }

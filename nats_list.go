@@ -58,7 +58,9 @@ func (l *listing) has(key string) bool {
 // list reads all records of keys that match the pattern, with their values or
 // without. The consumer may be on a server that fails meanwhile; then it starts
 // over. It costs four requests, and more for each 16,384 keys or 4 MiB.
-func (b *bucket) list(budget *retryBudget, p pattern, values bool) (listing, error) {
+//
+// A leader whose last sequence is lower than since is one that does not lead any more.
+func (b *bucket) list(budget *retryBudget, p pattern, values bool, since uint64) (listing, error) {
 	if !p.wild {
 		r, err := b.leaderLast(budget, p.prefix)
 		l := listing{now: b.clock.now()}
@@ -72,6 +74,13 @@ func (b *bucket) list(budget *retryBudget, p pattern, values bool) (listing, err
 		info, err := b.info(budget)
 		if err != nil {
 			return listing{}, err
+		}
+		if info.State.LastSeq < since {
+			if err := b.waitAfter(budget, errStaleLeader); err != nil {
+				return listing{}, err
+			}
+			tries--
+			continue
 		}
 		l := listing{now: timestamp(info.Now.UnixNano())}
 		var ok bool
@@ -371,7 +380,7 @@ func (b *bucket) existing(budget *retryBudget, l *listing) iter.Seq[*listed] {
 
 // keys returns the keys that exist and match the pattern, sorted.
 func (b *bucket) keys(budget *retryBudget, p pattern) ([]string, error) {
-	l, err := b.list(budget, p, false)
+	l, err := b.list(budget, p, false, 0)
 	if err != nil {
 		return nil, err
 	}

@@ -26,6 +26,13 @@ func (w *natsWatch) beginAt(start uint64, since timestamp) {
 	w.discard(func(ev *KeyValue) bool { return !w.wants(ev) })
 }
 
+// startOf returns the stream's last sequence when a watch began.
+func (f *feed) startOf(w *natsWatch) uint64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return w.start
+}
+
 // feeds are the feeds of a store, one for each pattern.
 type feeds struct {
 	b      *bucket
