@@ -52,8 +52,9 @@ type lease struct {
 	owner    string // distinguishes this acquisition from any other
 	inDoubt  bool   // the fate of a write is not known: the record may be a later one
 	writes   int    // how many there have been since
-	// contended says that the holder had to wait for the lock.
-	contended bool
+	// yields is how often the holder, when it waits again after a release, lets
+	// others go first: it had to wait for the lock.
+	yields int
 }
 
 // A sharedRefresh is a Refresh whose result serves all who asked meanwhile.

@@ -53,9 +53,8 @@ type record struct {
 	// are estimates from below: the writer does not learn the server's. It is
 	// uncertain if even whether the key came into being with it depends on that.
 	estimated, uncertain bool
-	// contended says, of a lock that this store has released, that it had waited
-	// for it.
-	contended bool
+	// yields is that of the lock that this store has released.
+	yields int
 }
 
 // markedGone reports whether a watch wrote it because there was nothing.

@@ -304,8 +304,8 @@ func (n natsLessor) release(ctx context.Context, l *lease) error {
 	r, err := n.write(newBudget(ctx), l, mutation{marker: true, ttl: minTombstoneTTL})
 	switch {
 	case err == nil:
-		if l.contended {
-			r.contended = true
+		if l.yields > 0 {
+			r.yields = l.yields
 			n.b.cache.learn(l.key, r)
 		}
 		if n.s.missesReleases {

@@ -28,6 +28,9 @@ const (
 	// yieldFor is how long a waiter leaves a lock to somebody whose attempt it
 	// has heard, before it looks whether the attempt succeeded.
 	yieldFor = time.Second
+	// maxYields is how often in a row a store that had to wait for a lock lets
+	// others go first when it waits again.
+	maxYields = 16
 	// releasePause is how soon a waiter looks again that has heard a release
 	// which the leader has not stored yet. It looks again after ever longer pauses.
 	releasePause = 2 * time.Millisecond
@@ -165,7 +168,7 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 	// unless the lock was last released from here. It lets the others go first if
 	// it had waited for the lock then: they have hardly heard of the release.
 	last := s.releasedHere(key)
-	look := last == nil || last.contended
+	look := last == nil || last.yields > 0
 	if look && last != nil {
 		if err := s.data.pause(newBudget(ctx), standby(0), nil); err != nil {
 			return nil, opError("lock", key, err)
@@ -177,7 +180,12 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 		switch {
 		case err == nil:
 			s.waits.noteHeld(q, true) // by this store
-			l.contended = held
+			switch {
+			case held:
+				l.yields = maxYields
+			case last != nil:
+				l.yields = max(last.yields-1, 0) // the others may have been late
+			}
 			l.ctx = context.Background() // ctx bounds only the wait
 			return l.handOver()
 		case err == ErrLockHeld:
