@@ -109,7 +109,7 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // A majority also decides that a watched key has expired or was purged: the first
 // watch that finds it so writes a deletion, on condition that nothing was written
 // since, and all of them report what was accepted. The deletion stays for two
-// seconds, or for as long as what it replaces. A watch does without, and may report
+// seconds, or for as long as what it replaces. A watch writes none, and may report
 // an expiry that such a leader confirms, if the bucket is full, if the bucket's own
 // TTL ends the key, if the bucket has delete markers, or if an older revision comes
 // back because another client wrote the one that expired.

@@ -13,12 +13,12 @@ import (
 )
 
 const (
-	// maxPullBytes is how many bytes a listing lets the server send at a time. It
-	// begins with what holds any message: the server closes a connection over which
-	// what it sends does not get within ten seconds.
+	// maxPullBytes is the most bytes that a listing asks for at a time. It starts
+	// with enough for any message: a server closes a connection when it cannot
+	// write what it has to send within ten seconds.
 	maxPullBytes = 4 << 20
-	// fastPull is how soon a request must have ended that more bytes are asked for
-	// after it.
+	// fastPull is the longest that a request may take for the next one to ask for
+	// more bytes.
 	fastPull = 500 * time.Millisecond
 )
 
@@ -71,7 +71,7 @@ type consumerConfig struct {
 // A consumption says what a consumer is to read.
 type consumption struct {
 	filter      string // the subjects
-	from        uint64 // the first sequence; 0 for all that there is
+	from        uint64 // the first sequence; 0 for the stream's first one
 	headersOnly bool
 	batch       int           // how many messages may be under way
 	life        time.Duration // how long the server keeps it when nobody asks any more

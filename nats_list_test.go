@@ -194,9 +194,7 @@ func TestLargeListingWithHistory(t *testing.T) {
 func TestWatchesOverANarrowLink(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, func(o *server.Options) { o.WriteDeadline = time.Second }) // by default, ten
-	near := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
-	nc, p := connectAt(t, srv.ClientURL(), distance{rtt: 2 * time.Millisecond})
-	far := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	near, far, p := openNearAndFar(t, srv, distance{rtt: 2 * time.Millisecond})
 	const keys, patterns = 10, 6
 	var watches []*observer
 	for i := range patterns {
@@ -209,7 +207,7 @@ func TestWatchesOverANarrowLink(t *testing.T) {
 	for _, w := range watches {
 		eventually(t, func() bool { return w.last(fmt.Sprintf("abcdef.g.%d", keys-1)) != nil }, "all of it")
 	}
-	require.Zero(t, nc.Stats().Reconnects)
+	require.Zero(t, far.data.nc.Stats().Reconnects)
 }
 
 // relay passes on what a store with the APIPrefix "through" sends to a server.
@@ -301,9 +299,7 @@ func TestPullOfExactlyItsBytes(t *testing.T) {
 func TestWatchOfALargeValue(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, nil)
-	near := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
-	nc, p := connectAt(t, srv.ClientURL(), distance{rtt: 2 * time.Millisecond})
-	far := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	near, far, p := openNearAndFar(t, srv, distance{rtt: 2 * time.Millisecond})
 	require.NoError(t, near.Put("first", nil, 0))
 	events := mustWatch(t, far, "*")
 	eventually(t, func() bool {
@@ -315,7 +311,7 @@ func TestWatchOfALargeValue(t *testing.T) {
 	}, "its listing")
 	p.move(distance{rtt: 2 * time.Millisecond, bandwidth: 250 << 10})
 	large := make([]byte, 1<<20-headerRoom)
-	before := sentTo(t, srv, nc)
+	before := sentTo(t, srv, far.data.nc)
 	for i := range 2 {
 		require.NoError(t, near.Put(fmt.Sprint(i), large, 0))
 	}
@@ -324,7 +320,7 @@ func TestWatchOfALargeValue(t *testing.T) {
 		require.Equal(t, fmt.Sprint(i), ev.Key)
 		require.Len(t, ev.Value, len(large))
 	}
-	require.Less(t, sentTo(t, srv, nc)-before, int64(11*2*len(large)/10), "bytes")
+	require.Less(t, sentTo(t, srv, far.data.nc)-before, int64(11*2*len(large)/10), "bytes")
 	require.Zero(t, far.Stats().WatchCuts)
 }
 

@@ -55,7 +55,7 @@ func (b *bucket) probe(budget *retryBudget, e *epoch, questions []question) []pr
 
 func (b *bucket) probeSome(budget *retryBudget, e *epoch, questions []question) []probeResult {
 	results := b.ask(budget, e, questions)
-	for range 2 { // at most it marks what has ended, that there is nothing, and none
+	for range 2 { // whether the key is gone, and then without a marker
 		var again []question
 		var places []int
 		for i, q := range questions {
@@ -140,9 +140,9 @@ func (b *bucket) questionMsg(q *question) *nats.Msg {
 	}
 }
 
-// marksExpiries reports whether what has ended is asked about by markers. A
-// bucket in which the server puts markers of its own, without a condition, must
-// not have others beside them: what is written next may be lost.
+// marksExpiries reports whether questions are asked by markers. They are not where
+// the server writes delete markers itself: these are unconditional, and could
+// remove what is written after ours.
 func (b *bucket) marksExpiries() bool {
 	return b.replicated() && b.settings.Load().MarkerTTL == 0
 }

@@ -719,9 +719,7 @@ func TestExpiryOfWhatWasMissed(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			srv := startServer(t, nil)
-			near := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
-			nc, proxy := connectAt(t, srv.ClientURL(), distance{})
-			far := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+			near, far, proxy := openNearAndFar(t, srv, distance{})
 			events := mustWatch(t, far, "k")
 			require.NoError(t, near.Put("k", []byte("first"), 500*time.Millisecond))
 			require.Equal(t, "first", string((<-events).Value))
@@ -758,9 +756,7 @@ func TestExpiryOfWhatWasMissed(t *testing.T) {
 func TestExpiryMarkedNearTheOpening(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, nil)
-	near := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
-	nc, _ := connectAt(t, srv.ClientURL(), distance{rtt: 200 * time.Millisecond})
-	far := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	near, far, _ := openNearAndFar(t, srv, distance{rtt: 200 * time.Millisecond})
 	require.NoError(t, near.Put("before", nil, time.Millisecond))
 	before, err := near.data.leaderLast(newBudget(context.Background()), "before")
 	require.NoError(t, err)

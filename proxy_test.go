@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/stretchr/testify/require"
 )
@@ -75,6 +76,14 @@ func connectAt(t testing.TB, target string, dist distance, opts ...nats.Option) 
 	// It must not learn of ways around the proxy.
 	opts = append([]nats.Option{nats.DontRandomize(), nats.IgnoreDiscoveredServers()}, opts...)
 	return connect(t, p.url(), opts...), p
+}
+
+// openNearAndFar returns two stores of one bucket, the second at a distance, and the
+// proxy before that.
+func openNearAndFar(t testing.TB, srv *server.Server, dist distance) (near, far *NATSStore, p *proxy) {
+	near = openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	nc, p := connectAt(t, srv.ClientURL(), dist)
+	return near, openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"}), p
 }
 
 func (p *proxy) url() string { return "nats://" + p.listener.Addr().String() }

@@ -18,8 +18,8 @@ type model struct {
 	told     map[string][]modelEvent // by key, all that a watch from the beginning is told
 	expired  int                     // how many entries have expired
 	closed   bool
-	gaps     bool // a store may use a revision of its own for each expiry
-	gap      int  // how many it has used
+	gaps     bool // the store may write a deletion for each expiry, which takes a revision
+	gap      int  // how many revisions it has taken
 }
 
 type modelEntry struct {

@@ -222,8 +222,8 @@ func (l *load) endWatches(reader state.Store, cache *state.Cache) {
 		}
 	}
 	var entries []*state.KeyValue
-	patience := max(20*time.Second, l.catchUp)
-	err := eventually(patience, func() (err error) {
+	limit := max(20*time.Second, l.catchUp)
+	err := eventually(limit, func() (err error) {
 		entries, err = reader.Entries("*")
 		return err
 	})
@@ -247,7 +247,7 @@ func (l *load) endWatches(reader state.Store, cache *state.Cache) {
 			continue
 		}
 		var kv *state.KeyValue
-		err := eventually(patience, func() (err error) {
+		err := eventually(limit, func() (err error) {
 			if kv, err = reader.GetKeyValue(key); errors.Is(err, state.ErrNotFound) {
 				kv, err = &state.KeyValue{}, nil
 			}
