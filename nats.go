@@ -123,8 +123,9 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // than a deletion stays on the server, an hour. It survives any shorter cut, and
 // then delivers the last state of every key that changed. It may not mention a
 // key that was created and deleted meanwhile. Keys that an operator purges are
-// reported as deleted: within seconds if the whole stream is purged, later if
-// only a single key is.
+// reported as deleted: within seconds if the whole stream is purged, otherwise when
+// the watch lists the bucket again, in about ten minutes at the latest. The same
+// holds of a key that is deleted while the bucket is too full to hold the deletion.
 //
 // All watches of one pattern in a store share one consumer on the server. The
 // store keeps the names and revisions of the matching keys in memory.

@@ -9,8 +9,8 @@ const (
 	// stateLife is how old a feed lets its knowledge of the stream become. It
 	// notices by it that the stream was purged, or created again.
 	stateLife = 2 * time.Second
-	// maxRelist is the longest time between two listings that look for keys
-	// which were removed without a trace, when they find none.
+	// maxRelist is how long after a listing at the latest a feed looks for keys
+	// that were removed without a message, if the stream has changed.
 	maxRelist = 10 * time.Minute
 	// recentDeletionLife is how long a reportedDeletion is remembered.
 	recentDeletionLife = 10 * time.Second
@@ -49,10 +49,12 @@ type liveKeys struct {
 
 	// What was removed without a message is found out by the stream's state.
 	floor     uint64 // no key alive has a revision below
-	messages  uint64 // in the stream, when last looked at
 	lastState *streamState
-	nextList  time.Time // when to look for keys that were removed, at the earliest
-	listPause time.Duration
+	looked    streamState // the state when last looked at
+	changed   bool        // since the last listing
+	shrunk    bool        // since the last listing, so that messages were removed
+	lastList  time.Time
+	listPause time.Duration // until the next listing of a stream that has shrunk
 }
 
 func newLiveKeys(follow bool) liveKeys {
@@ -120,7 +122,7 @@ func (f *feed) list() {
 	if f.listing {
 		return
 	}
-	f.listing = true
+	f.listing, f.changed, f.shrunk = true, false, false
 	if f.listed {
 		f.touched = make(map[string]uint64)
 	}
@@ -182,14 +184,15 @@ func (f *feed) merge(l listing) {
 		}
 		f.track(r.key, &r.record, r.revision > f.cursor)
 	}
-	f.listed, f.listing = true, false
+	f.listed, f.listing, f.lastList = true, false, time.Now()
 	f.touched = make(map[string]uint64)
 	f.verify(suspects)
 }
 
 // detectRemovals looks for keys that were removed without a message: what is older
 // than the stream's first message is gone, and a stream that has fewer messages
-// than before may have lost any.
+// than before may have lost any. One that has as many or more may too, if others
+// were added meanwhile.
 func (f *feed) detectRemovals(st *streamState) {
 	if !f.listed || st == nil {
 		return
@@ -204,13 +207,15 @@ func (f *feed) detectRemovals(st *streamState) {
 		}
 		f.verify(suspects)
 	}
-	fewer := st.Messages < f.messages
-	f.messages = st.Messages
-	if fewer && len(f.alive) > 0 && time.Now().After(f.nextList) {
-		f.list()
-		f.nextList = time.Now().Add(f.listPause)
-		f.listPause = min(2*f.listPause, maxRelist)
+	f.changed = f.changed || st.LastSeq != f.looked.LastSeq || st.Messages != f.looked.Messages
+	f.shrunk = f.shrunk || st.Messages < f.looked.Messages
+	f.looked = *st
+	since := time.Since(f.lastList)
+	if f.listing || len(f.alive) == 0 || !(f.shrunk && since > f.listPause || f.changed && since > maxRelist) {
+		return
 	}
+	f.list()
+	f.listPause = min(2*f.listPause, maxRelist)
 }
 
 // expire finds out which of the keys that are due were refreshed in time: a

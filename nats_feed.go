@@ -301,7 +301,7 @@ func (f *feed) attached(a newSource, err error) {
 		f.b.log.Info("state: a watch is back", "bucket", f.b.name, "pattern", f.pattern.String(), "after", time.Since(f.cut).Round(time.Millisecond))
 	}
 	f.retry.pause, f.refusal, f.missing, f.cut = attachPause, time.Time{}, time.Time{}, time.Time{}
-	f.messages = a.info.State.Messages
+	f.looked = a.info.State
 	if f.created.IsZero() {
 		f.created, f.cursor, f.openedAt = a.info.Created, a.info.State.LastSeq, timestamp(a.info.Now.UnixNano())
 		f.mu.Lock()

@@ -152,13 +152,25 @@ func TestFullAccount(t *testing.T) {
 	require.NoError(t, acc.UpdateJetStreamLimits(map[string]server.JetStreamAccountLimits{
 		"": {MaxMemory: -1, MaxStore: 64 << 10, MaxStreams: -1, MaxConsumers: -1},
 	}))
-	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	nc := connect(t, srv.ClientURL())
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	watch := mustWatch(t, openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"}), "k.*")
 	keys := fillUp(t, s, make([]byte, 1000))
 	require.NotEmpty(t, keys)
-	for _, key := range keys {
-		require.NoError(t, s.Delete(key))
+	for range keys {
+		receive(t, watch)
 	}
-	left, err := s.Keys("*")
+	for i := 0; err == nil; i++ { // not even a deletion fits now
+		_, err = newJetStream(t, nc).Publish(context.Background(), fmt.Sprintf("$KV.b.other.%d", i), nil)
+	}
+	for _, key := range keys {
+		is := mustGet(t, s, key)
+		require.NoError(t, s.Delete(key))
+		told := receive(t, watch)
+		assert.Equal(t, "delete "+key, brief(told))
+		assert.Greater(t, told.Revision, is.Revision, "it was written, and not found out")
+	}
+	left, err := s.Keys("k.*")
 	require.NoError(t, err)
 	assert.Empty(t, left)
 	require.NoError(t, s.Put("new", make([]byte, 1000), 0))

@@ -299,6 +299,39 @@ func TestWatchPurgedByHand(t *testing.T) {
 	}
 }
 
+// TestWatchPurgedBesideAWrite: an operator purges a key, and another is written
+// before the watch has looked, so that the stream has as many messages as before.
+// The watch finds out when it lists the next time.
+func TestWatchPurgedBesideAWrite(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t, nil).ClientURL())
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	watch := observe(mustWatch(t, s, "k.*"))
+	require.NoError(t, s.Put("k.1", nil, 0))
+	require.NoError(t, s.Put("k.2", nil, 0))
+	purged := mustGet(t, s, "k.2").Revision
+	p, err := parsePattern("k.*")
+	require.NoError(t, err)
+	feed := s.feeds.by[p]
+	hasLooked := func(seq uint64) bool {
+		looked := make(chan bool)
+		feed.post(func() { looked <- feed.listed && feed.looked.LastSeq == seq })
+		return <-looked
+	}
+	eventually(t, func() bool { return hasLooked(purged) }, "the feed has looked")
+	stream, err := newJetStream(t, nc).Stream(context.Background(), "KV_b")
+	require.NoError(t, err)
+	require.NoError(t, stream.Purge(context.Background(), jetstream.WithPurgeSubject("$KV.b.k.2")))
+	require.NoError(t, s.Put("k.3", nil, 0))
+	eventually(t, func() bool { return hasLooked(purged + 1) }, "the feed has looked again")
+	feed.post(func() { feed.lastList = feed.lastList.Add(-maxRelist) })
+	eventually(t, func() bool { return watch.last("k.2").Operation == OpDelete }, "the purge is found out")
+	assert.Equal(t, purged, watch.last("k.2").Revision)
+	for _, key := range []string{"k.1", "k.3"} {
+		assert.Equal(t, OpPut, watch.last(key).Operation, key)
+	}
+}
+
 // TestWatchThatCannotAttachEnds: what a watch needs is taken away for good. It
 // ends rather than stay open and silent.
 func TestWatchThatCannotAttachEnds(t *testing.T) {

@@ -77,16 +77,15 @@ func (b *bucket) remove(budget *retryBudget, m mutation) error {
 
 // evenIfFull carries out a deletion that was refused because the bucket is
 // full: by the smallest marker there is and, if even that is too large, by a
-// purge of what was there, which leaves no marker.
+// purge of what was there. Watches find out by themselves what a purge removed,
+// but late. So the marker follows where there is room for it now, unless the key
+// has been written since.
 func (b *bucket) evenIfFull(budget *retryBudget, m mutation, base record, err error) error {
 	if err != ErrStoreFull {
 		return err
 	}
-	small := &nats.Msg{Subject: b.route + b.prefix + m.key, Header: nats.Header{headerOperation: {"DEL"}, headerTTL: {seconds(m.ttl)}}}
-	seq, o, err := b.send(budget, small, always)
-	switch o {
+	switch o, err := b.markSmall(budget, m, always); o {
 	case stored:
-		b.cache.learn(m.key, record{entry: entry{revision: seq}, deleted: true})
 		return nil
 	case lost:
 		return unknownIf(err, nil)
@@ -99,7 +98,25 @@ func (b *bucket) evenIfFull(budget *retryBudget, m mutation, base record, err er
 		return fmt.Errorf("purge a key of a full bucket: %w", err)
 	}
 	b.cache.forget(m.key)
+	_, _ = b.markSmall(budget, m, ifUnchanged) // the key is deleted, whatever becomes of this
 	return nil
+}
+
+// markSmall writes the smallest marker there is, on condition that there is
+// nothing if pre is ifUnchanged.
+func (b *bucket) markSmall(budget *retryBudget, m mutation, pre precondition) (outcome, error) {
+	marker := &nats.Msg{Subject: b.route + b.prefix + m.key, Header: nats.Header{headerOperation: {"DEL"}, headerTTL: {seconds(m.ttl)}}}
+	if pre == ifUnchanged {
+		marker.Header[headerExpected] = []string{"0"}
+	}
+	if s := b.settings.Load(); s.PerKey != 1 && s.rollup() {
+		marker.Header[headerRollup] = []string{"sub"} // or an older revision comes back when the marker goes
+	}
+	seq, o, err := b.send(budget, marker, pre)
+	if o == stored {
+		b.cache.learn(m.key, record{entry: entry{revision: seq}, deleted: true})
+	}
+	return o, err
 }
 
 // update writes m to a key whose current revision is the given one, 0 for a key

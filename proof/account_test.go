@@ -92,7 +92,16 @@ func deny(subjects ...string) func(context.Context, *trouble) {
 
 // limit sets limits of JetStream for a while.
 func limit(limits string) func(context.Context, *trouble) {
-	return during(limits, func(a *account) { a.limits = limits }, func(a *account) { a.limits = usual().limits })
+	return full(during(limits, func(a *account) { a.limits = limits }, func(a *account) { a.limits = usual().limits }))
+}
+
+// full notes when a fault fills what holds the data.
+func full(fault func(context.Context, *trouble)) func(context.Context, *trouble) {
+	return func(ctx context.Context, f *trouble) {
+		from := f.load.now()
+		fault(ctx, f)
+		f.load.wasFull(from, f.load.now())
+	}
 }
 
 // replaceCredentials gives all clients another password.
@@ -104,7 +113,7 @@ func replaceCredentials(_ context.Context, f *trouble) {
 
 // setting changes a setting of the data bucket for a while.
 func setting(field string, value int) func(context.Context, *trouble) {
-	return func(ctx context.Context, f *trouble) {
+	return full(func(ctx context.Context, f *trouble) {
 		f.count()
 		f.load.cut.Store(true)
 		if err := f.reconfigure(field, value); err != nil {
@@ -116,7 +125,7 @@ func setting(field string, value int) func(context.Context, *trouble) {
 			f.load.broke("%s stays as it is: %v", field, err)
 		}
 		f.recover(ctx, f.streams...)
-	}
+	})
 }
 
 // limited adjusts a load to an operator who sets limits.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -265,7 +266,7 @@ func (l *load) endWatches(reader state.Store, cache *state.Cache) {
 			w.checkComplete(l)
 		}
 	}
-	if err := eventually(l.catchUp, func() error { return sameAsCache(final, cache) }); err != nil {
+	if err := eventually(l.catchUp, func() error { return l.sameAsCache(final, cache) }); err != nil {
 		l.broke("cache: %v", err)
 	}
 	l.mu.Lock()
@@ -317,7 +318,7 @@ func (w *watched) differs(l *load, final map[string]*state.KeyValue) error {
 	}
 	for key, told := range w.events {
 		last := told[len(told)-1]
-		if last.Operation == state.OpPut && (final[key] == nil || key[:3] == "ttl") {
+		if last.Operation == state.OpPut && (final[key] == nil && !l.deletedWhileFull(key) || key[:3] == "ttl") {
 			return fmt.Errorf("%s is gone, the last event was put %d", key, last.Revision)
 		}
 	}
@@ -356,8 +357,26 @@ func (w *watched) checkComplete(l *load) {
 	}
 }
 
+// wasFull notes when there may have been no room even for a deletion.
+func (l *load) wasFull(from, to int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.full = append(l.full, window{from, to})
+}
+
+// deletedWhileFull reports whether a key may have been deleted without a message,
+// which watches find out minutes later.
+func (l *load) deletedWhileFull(key string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.ContainsFunc(l.written[key], func(w *write) bool {
+		ret := min(w.ret, w.call+int64(10*time.Second)) // if its outcome is not known
+		return w.value == "" && slices.ContainsFunc(l.full, func(full window) bool { return ret >= full.from && w.call <= full.to })
+	})
+}
+
 // sameAsCache says how a cache is not what there is.
-func sameAsCache(final map[string]*state.KeyValue, cache *state.Cache) error {
+func (l *load) sameAsCache(final map[string]*state.KeyValue, cache *state.Cache) error {
 	entries, err := cache.Entries("*")
 	if err != nil {
 		return err
@@ -368,6 +387,7 @@ func sameAsCache(final map[string]*state.KeyValue, cache *state.Cache) error {
 		case strings.HasPrefix(kv.Key, noise):
 		case strings.HasPrefix(kv.Key, "ttl"):
 			return fmt.Errorf("%s has expired and is still there", kv.Key)
+		case is == nil && l.deletedWhileFull(kv.Key):
 		case is == nil || is.Revision != kv.Revision || string(is.Value) != string(kv.Value) || !is.Modified.Equal(kv.Modified) || !is.Created.Equal(kv.Created):
 			return fmt.Errorf("it holds %+v, and there is %+v", brief(kv), is)
 		}

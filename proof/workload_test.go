@@ -43,6 +43,7 @@ type load struct {
 	written   map[string][]*write          // by key, in the order of the calls
 	values    map[string]map[string]*write // by key and value
 
+	full     []window // when there may have been no room even for a deletion
 	suspects []suspect
 	notes    []string
 

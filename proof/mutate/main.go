@@ -47,6 +47,8 @@ var suite = map[string]string{
 	"at-the-deadline":  ". -run ^TestWatchRefreshedAtTheDeadline$",
 	"goes-on":          ". -run ^TestListingOfARequestThatGoesOn$",
 	"stopping":         ". -run ^TestListingOnAStoppingServer$",
+	"full-account":     ". -run ^TestFullAccount$",
+	"purged":           ". -run ^TestWatchPurgedBesideAWrite$",
 	"large-value":      ". -run ^TestWatchOfALargeValue$",
 	"large-history":    ". -run ^TestLargeListingWithHistory$",
 	"with-history":     ". -run ^TestKeysWithHistory$",
@@ -205,6 +207,8 @@ var mutations = []mutation{
 	{"expiry-without-the-probe", []edit{
 		{"f.probe(f.due(timestamp(info.Now.UnixNano()), f.window), true, f.expired)", "due := []finding{}\n			for _, t := range f.due(timestamp(info.Now.UnixNano()), f.window) {\n				due = append(due, finding{t: t, revision: t.revision, probeResult: probeResult{last: t.revision, known: true}})\n			}\n			f.expired(due)"},
 	}, []string{"at-the-deadline"}},
+	{"deletion-from-a-full-account-in-silence", []edit{{"	_, _ = b.markSmall(budget, m, ifUnchanged) // the key is deleted, whatever becomes of this\n", ""}}, []string{"full-account"}},
+	{"purge-beside-a-write", []edit{{" || f.changed && since > maxRelist)", ")"}}, []string{"purged"}},
 	{"silence-of-a-narrow-link", []edit{{"		f.suspect(\"no heartbeat\", func() bool { return time.Since(f.lastContact) > maxSilence })\n", "		f.cutOff(\"no heartbeat\")\n"}}, []string{"large-value"}},
 	{"keys-end-at-a-refusal", []edit{{"		st.code = \"pending\"\n", ""}, {"case st.code == \"\", st.code == \"408\", st.code == \"smaller\", st.code == \"bytes\":", "case st.code == \"\", st.code == \"408\", st.code == \"409\", st.code == \"smaller\", st.code == \"bytes\":"}}, []string{"goes-on"}},
 	{"keys-of-no-consumer", []edit{{"			if c.info.Name == c.name {\n", "			if true {\n"}, {"		if err == nil && msg != nil {\n", "		if false && msg != nil {\n"}}, []string{"stopping"}},
