@@ -379,16 +379,20 @@ func TestHistoryDoesNotComeBack(t *testing.T) {
 	nc := connect(t, startServer(t, nil).ClientURL())
 	ctx := context.Background()
 	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b", History: 5})
-	for _, key := range []string{"ttl", "deleted", "kept"} {
+	for _, key := range []string{"ttl", "deleted", "full", "kept"} {
 		for i := range 3 {
 			require.NoError(t, s.Put(key, fmt.Append(nil, i), 0))
 		}
 	}
 	require.NoError(t, s.Put("ttl", []byte("short"), time.Second))
 	require.NoError(t, s.Delete("deleted"))
-	history, err := mustKV(t, nc, "b").History(ctx, "kept")
+	_, err := s.data.markSmall(newBudget(ctx), mutation{key: "full", ttl: tombstoneTTL}, always) // as in a full bucket
 	require.NoError(t, err)
-	assert.Len(t, history, 3, "the history is kept")
+	for key, revisions := range map[string]int{"kept": 3, "deleted": 1, "full": 1} {
+		history, err := mustKV(t, nc, "b").History(ctx, key)
+		require.NoError(t, err)
+		assert.Len(t, history, revisions, key)
+	}
 	last, err := s.data.leaderMsg(newBudget(ctx), "$KV.b.deleted")
 	require.NoError(t, err)
 	// The deletion's end is an hour away; do what the server will do then.
