@@ -57,7 +57,7 @@ func (l *listing) has(key string) bool {
 
 // list reads all records of keys that match the pattern, with their values or
 // without. The consumer may be on a server that fails meanwhile; then it starts
-// over. It costs four requests, and more for each 16,384 keys or 4 MiB.
+// over, as long as the time since the last message allows. It costs four requests, and more for each 16,384 keys or 4 MiB.
 //
 // A leader whose last sequence is lower than since is one that does not lead any more.
 func (b *bucket) list(budget *retryBudget, p pattern, values bool, since uint64) (listing, error) {
@@ -70,7 +70,6 @@ func (b *bucket) list(budget *retryBudget, p pattern, values bool, since uint64)
 		return l, err
 	}
 	for tries := 1; ; tries++ {
-		budget.begun = time.Now() // however long one try takes
 		info, err := b.info(budget)
 		if err != nil {
 			return listing{}, err
@@ -85,7 +84,6 @@ func (b *bucket) list(budget *retryBudget, p pattern, values bool, since uint64)
 		l := listing{now: timestamp(info.Now.UnixNano())}
 		var ok bool
 		if l.all, ok = b.listFew(budget, p, info); !ok {
-			budget.begun = time.Now()
 			l.all, err = b.listOnce(budget, p, info, values)
 		}
 		if err == nil {

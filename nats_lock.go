@@ -250,8 +250,8 @@ func notFoundIfGone(err error) error {
 }
 
 // write writes the next record of a lease on top of its last one. While it is
-// not sure which that is, it reads it first. It returns errMoved if the last
-// record is not the lease's.
+// not sure which that is, it reads it first, and again if an earlier attempt has
+// arrived since. It returns errMoved if the last record is not the lease's.
 func (n natsLessor) write(budget *retryBudget, l *lease, m mutation) (record, error) {
 	l.writes++
 	m.key, m.op = l.key, fmt.Sprintf("%s.%d", l.owner, l.writes)
@@ -259,19 +259,24 @@ func (n natsLessor) write(budget *retryBudget, l *lease, m mutation) (record, er
 		entry:    entry{revision: l.revision},
 		deadline: n.b.clock.now().deadline(time.Until(l.validUntil())),
 	}
-	if l.inDoubt {
-		var err error
-		if base, err = n.b.leaderLast(budget, l.key); err != nil {
-			return record{}, err
+	for {
+		if l.inDoubt {
+			var err error
+			if base, err = n.b.leaderLast(budget, l.key); err != nil {
+				return record{}, err
+			}
+			if holderOf(base.op) != l.owner {
+				return record{}, errMoved
+			}
+			if base.deleted {
+				return base, nil // an earlier attempt of Unlock did it
+			}
 		}
-		if holderOf(base.op) != l.owner {
-			return record{}, errMoved
-		}
-		if base.deleted {
-			return base, nil // an earlier attempt of Unlock did it
+		r, err := n.b.commit(budget, m, base, ifUnchanged)
+		if err != errMoved || !l.inDoubt {
+			return r, err
 		}
 	}
-	return n.b.commit(budget, m, base, ifUnchanged)
 }
 
 func (n natsLessor) extend(ctx context.Context, l *lease) error {

@@ -589,6 +589,54 @@ func TestStalledRefreshes(t *testing.T) {
 	require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
 }
 
+// TestInDoubtBesideItsOwnRefresh: a Refresh of unknown outcome arrives after a later
+// call has read the lock and before it writes. The lock is still this holder's.
+func TestInDoubtBesideItsOwnRefresh(t *testing.T) {
+	t.Parallel()
+	for name, call := range map[string]func(Lock) error{"Unlock": Lock.Unlock, "Refresh": Lock.Refresh} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, nil)
+			var late atomic.Pointer[nats.Msg] // the Refresh
+			relay(t, srv, func(nc *nats.Conn, msg *nats.Msg) {
+				if late.Load() == nil || !strings.HasPrefix(msg.Subject, "$JS.API.STREAM.MSG.GET") {
+					_ = nc.PublishMsg(msg)
+					return
+				}
+				go func() {
+					refresh, reply := late.Swap(nil), msg.Reply
+					answer, err := nc.RequestMsg(msg, 5*time.Second)
+					if !assert.NoError(t, err) {
+						return
+					}
+					if _, err = nc.RequestMsg(refresh, 5*time.Second); assert.NoError(t, err) {
+						_ = nc.Publish(reply, answer.Data)
+					}
+				}()
+			})
+			s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b", APIPrefix: "through"})
+			l := mustLock(t, s, "l", time.Minute).(*lease)
+			is, err := newJetStream(t, connect(t, srv.ClientURL())).Stream(context.Background(), "KV_b-locks")
+			require.NoError(t, err)
+			last, err := is.GetLastMsgForSubject(context.Background(), "$KV.b-locks.l")
+			require.NoError(t, err)
+			l.inDoubt = true
+			late.Store(&nats.Msg{Subject: last.Subject, Header: last.Header, Data: last.Data})
+			late.Load().Header.Del(headerExpected)
+			require.NoError(t, call(l))
+			require.Nil(t, late.Load(), "it has arrived")
+			holder, err := s.LockHolder("l")
+			if name == "Unlock" {
+				refuses(t, ErrNotFound, err)
+				return
+			}
+			require.NoError(t, err)
+			assert.Equal(t, l.Token(), holder.Token)
+			require.NoError(t, l.Unlock())
+		})
+	}
+}
+
 // TestStoreOnABucketOfLocks: a bucket that holds the locks of another one is no
 // bucket for data.
 func TestStoreOnABucketOfLocks(t *testing.T) {

@@ -730,7 +730,8 @@ func decodeAnswer(data []byte, answer any) error {
 }
 
 // deleteConsumer has the server delete a consumer, now or when the connection
-// is back. It waits for nothing.
+// is back. It waits for nothing. If the request is lost with the connection, the
+// server deletes the consumer when nobody has used it for a while.
 func (r *requester) deleteConsumer(name string) {
 	if r.nc.IsConnected() {
 		_ = r.nc.Publish(r.api+"CONSUMER.DELETE."+name, nil)

@@ -545,12 +545,13 @@ func TestFlappingConnectionLeavesNoConsumers(t *testing.T) {
 	for _, watch := range all {
 		eventually(t, func() bool { return watch.last("k.2") != nil }, "an event")
 	}
-	// The server itself removes them only when nobody has asked for ten seconds.
-	assert.True(t, within(watchLife-2*time.Second, func() bool { return len(consumers(t, js, "KV_b", "")) <= 1 }),
-		"%d consumers are left for one pattern", len(consumers(t, js, "KV_b", "")))
+	left := func() int { return len(consumers(t, js, "KV_b", "")) }
+	// The server itself removes them only when nobody has asked for ten seconds. A
+	// request to delete one may be lost with its connection.
+	assert.True(t, within(watchLife-2*time.Second, func() bool { return left() <= 5 }), "%d consumers are left for one pattern", left())
+	assert.True(t, within(3*watchLife, func() bool { return left() <= 1 }), "%d consumers stay for one pattern", left())
 	require.NoError(t, s.Close())
-	assert.True(t, within(20*time.Second, func() bool { return len(consumers(t, js, "KV_b", "")) == 0 }),
-		"%d consumers are left after Close", len(consumers(t, js, "KV_b", "")))
+	assert.True(t, within(3*watchLife, func() bool { return left() == 0 }), "%d consumers are left after Close", left())
 }
 
 // TestWatchBesideSubscriptionLimit: a connection has as many subscriptions as

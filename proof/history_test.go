@@ -358,19 +358,23 @@ func smallest(model porcupine.Model, ops []porcupine.Operation, limit time.Durat
 	ops = slices.Clone(ops)
 	slices.SortFunc(ops, func(x, y porcupine.Operation) int { return cmp.Compare(x.Call, y.Call) })
 	// A prefix first: what was called later does not matter to what is wrong
-	// already, as long as all that was called before is there.
+	// already, as long as all that was called before is there. What had not
+	// returned by then may be explained by something later.
+	prefix := func(n int) []porcupine.Operation {
+		return slices.DeleteFunc(slices.Clone(ops[:n]), func(op porcupine.Operation) bool {
+			return n < len(ops) && op.Return > ops[n].Call && idle(op, ops[:n])
+		})
+	}
 	lo, hi := 0, len(ops)
 	for lo < hi {
 		mid := (lo + hi) / 2
-		if porcupine.CheckOperationsTimeout(model, ops[:mid], limit) == porcupine.Illegal {
+		if porcupine.CheckOperationsTimeout(model, prefix(mid), limit) == porcupine.Illegal {
 			hi = mid
 		} else {
 			lo = mid + 1
 		}
 	}
-	if lo <= len(ops) {
-		ops = ops[:lo]
-	}
+	ops = prefix(lo)
 	for i := 0; i < len(ops) && time.Now().Before(end); {
 		less := slices.Delete(slices.Clone(ops), i, i+1)
 		if idle(ops[i], less) && porcupine.CheckOperationsTimeout(model, less, limit) == porcupine.Illegal {

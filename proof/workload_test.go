@@ -470,7 +470,7 @@ func (l *load) useLocks(ctx context.Context, client int, s state.Store) {
 			for i := range times {
 				token := token + uint64(i)<<24
 				l.lock(client, name, lockInput{lockTake, token}, call, never, true)
-				l.lock(client, name, lockInput{lockLapse, token}, call+int64(ttl), never, false)
+				l.lock(client, name, lockInput{lockLapse, token}, call, never, false) // or is given back
 			}
 		}
 		switch p := rand.IntN(10); {
