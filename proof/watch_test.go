@@ -348,7 +348,7 @@ func (w *watched) checkComplete(l *load) {
 			}
 			replaced := false
 			for _, other := range writes {
-				replaced = replaced || other != is && other.ret > is.call && other.call < is.ret+int64(stood+l.slack())
+				replaced = replaced || other != is && other.ret > is.call && other.call < is.ret+int64(stood+l.transfer+l.slack())
 			}
 			if !replaced && len(l.broken) < 20 {
 				l.broken = append(l.broken, fmt.Sprintf("%v: %s: %.20q, which stood for %v, was not reported", w, key, is.value, stood))

@@ -43,6 +43,7 @@ type load struct {
 	written   map[string][]*write          // by key, in the order of the calls
 	values    map[string]map[string]*write // by key and value
 
+	bulk     int64    // bytes of large values
 	full     []window // when there may have been no room even for a deletion
 	suspects []suspect
 	notes    []string
@@ -191,10 +192,21 @@ func (l *load) acked(w *write) {
 func (l *load) value(client, n int) string {
 	value := fmt.Sprintf("%d.%d", client, n)
 	if l.big > 0 && rand.IntN(20) == 0 {
-		value += "." + strings.Repeat("x", rand.IntN(l.big>>rand.IntN(8)-len(value)))
+		size := rand.IntN(l.big>>rand.IntN(8) - len(value))
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.bulk+int64(size) > int64(l.big)+l.now()/int64(time.Second)*bulkRate {
+			return value
+		}
+		l.bulk += int64(size)
+		value += "." + strings.Repeat("x", size)
 	}
 	return value
 }
+
+// bulkRate is how many bytes of large values are written in a second after the
+// first ones, so that a watch over the narrowest link keeps up.
+const bulkRate = 64 << 10
 
 // unexpected checks an error that is not one of the documented outcomes. It
 // reports whether the outcome is unknown.
@@ -789,7 +801,7 @@ func (l *load) useCache(ctx context.Context, client int, s state.Store, cache *s
 		}
 		asOf := cache.AsOf()
 		kv, err := cache.GetKeyValue(key)
-		if age := time.Since(asOf); l.quiet && age > 4*time.Second+l.slack() {
+		if age := time.Since(asOf); l.quiet && age > 4*time.Second+l.transfer+l.slack() {
 			l.broke("cache: it is as of %v ago", age)
 		}
 		for i := len(acked) - 1; i >= 0; i-- {
