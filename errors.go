@@ -59,8 +59,8 @@ var (
 	ErrValueTooLarge = errors.New("value too large")
 
 	// ErrStoreFull is returned for a write that would exceed what the store may
-	// hold, such as the max_bytes of a bucket. Nothing was written. Deletions
-	// still work, unless the bucket refuses purges.
+	// hold, such as the max_bytes of a bucket. Nothing was written. Delete still
+	// works, unless the bucket refuses purges; DeleteRevision may need room.
 	ErrStoreFull = errors.New("store full")
 )
 

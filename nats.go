@@ -317,7 +317,7 @@ func (s *NATSStore) beginPut(verb, key string, value []byte, ttl time.Duration) 
 
 // Delete implements [StateStore]. It costs one request if this store wrote the key
 // last or the key does not exist. Otherwise it costs two, or three if others write
-// the key meanwhile.
+// the key meanwhile. In a full bucket it costs up to three more.
 func (s *NATSStore) Delete(key string) error {
 	ctx, m, err := s.beginDelete("delete", key)
 	if err != nil {
