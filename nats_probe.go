@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -163,7 +161,6 @@ func probed(msg *nats.Msg) probeResult {
 	default:
 		return probeResult{refused: true}
 	}
-	_, text, _ := strings.Cut(api.Description, ": ")
-	last, err := strconv.ParseUint(text, 10, 64)
-	return probeResult{last: last, known: err == nil}
+	last, ok := lastSeqOf(api)
+	return probeResult{last: last, known: ok}
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -228,6 +229,12 @@ func (b *bucket) commit(budget *retryBudget, m mutation, base record, pre precon
 			return record{}, unknownIf(inDoubt, err)
 
 		case conflicting:
+			if b.replicated() && knowsLess(err, base) {
+				// A leader that was cut off has refused it. When it is back, the
+				// leader that was elected meanwhile gets it, too, and may store it.
+				b.cache.learn(m.key, base)
+				inDoubt = errStaleLeader
+			}
 			if inDoubt == nil {
 				return record{}, b.moved(m.key)
 			}
@@ -283,7 +290,7 @@ func (b *bucket) commit(budget *retryBudget, m mutation, base record, pre precon
 		case err == errUnchanged:
 			// An earlier attempt may be under way, or have expired.
 			return record{}, unknownIf(inDoubt, nil)
-		case err == errMoved && inDoubt == nil:
+		case err == errMoved && (inDoubt == nil || inDoubt == errStaleLeader && found.revision < base.revision):
 			return record{}, b.moved(m.key)
 		case errors.Is(err, jetstream.ErrBucketNotFound):
 			return record{}, err // whatever became of it, it is gone
@@ -299,7 +306,8 @@ var errUnchanged = errors.New("the write was not stored yet")
 
 // lookForWrite looks for a write of which an attempt may have been stored. It
 // returns the record that the write has left, errUnchanged if base is still the
-// key's last record, or errMoved if another one is: that may have replaced ours.
+// key's last record, or errMoved and the last record if that is another one: it may
+// have replaced ours.
 func (b *bucket) lookForWrite(budget *retryBudget, m mutation, base record) (record, error) {
 	since := budget.since
 	found, err := b.leaderLast(budget, m.key)
@@ -314,7 +322,7 @@ func (b *bucket) lookForWrite(budget *retryBudget, m mutation, base record) (rec
 		return record{}, errUnchanged
 	}
 	b.cache.learn(m.key, found)
-	return record{}, errMoved
+	return found, errMoved
 }
 
 // moved counts a write that came too late, and returns its error.
@@ -413,6 +421,24 @@ func (b *bucket) send(budget *retryBudget, msg *nats.Msg, pre precondition) (seq
 	}
 	o, err = refusal(ack.Error)
 	return 0, o, err
+}
+
+// knowsLess reports whether a leader that refused a conditional write does not know
+// the record that it was based on.
+func knowsLess(refused error, base record) bool {
+	var api *jetstream.APIError
+	if !errors.As(refused, &api) {
+		return false
+	}
+	last, ok := lastSeqOf(api)
+	return ok && last < base.revision
+}
+
+// lastSeqOf returns the last sequence that a refusal names.
+func lastSeqOf(wrongSequence *jetstream.APIError) (seq uint64, ok bool) {
+	_, text, _ := strings.Cut(wrongSequence.Description, ": ")
+	seq, err := strconv.ParseUint(text, 10, 64)
+	return seq, err == nil
 }
 
 // refusal classifies the server's reason for not storing a message.

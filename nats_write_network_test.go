@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -497,4 +498,48 @@ func TestNarrowLinkToReplicas(t *testing.T) {
 	}
 	require.NoError(t, s.Put("new", nil, 0))
 	assert.LessOrEqual(t, s.Stats().Retries-retries, uint64(1), "of 6 requests")
+}
+
+// TestRefusedByALeaderThatWasCutOff: when a partition ends, a write gets to the
+// leader that was elected meanwhile, and to the one that was cut off. That refuses
+// it first, since it does not know the revision, although the other stores it.
+func TestRefusedByALeaderThatWasCutOff(t *testing.T) {
+	t.Parallel()
+	for name, stores := range map[string]bool{"and stored": true, "and not stored": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startCluster(t).servers[0]
+			var old atomic.Uint64 // the last revision that the leader that was cut off knows
+			relay(t, srv, func(nc *nats.Conn, msg *nats.Msg) {
+				if known := old.Load(); known != 0 && strings.HasPrefix(msg.Subject, "$KV.b.k") {
+					old.Store(0)
+					refusal := fmt.Sprintf(`{"error":{"code":400,"err_code":10071,"description":"wrong last sequence: %d"},"stream":"KV_b","seq":0}`, known)
+					_ = nc.Publish(msg.Reply, []byte(refusal))
+					if !stores {
+						return
+					}
+				}
+				_ = nc.PublishMsg(msg)
+			})
+			s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b", Replicas: 3, APIPrefix: "through"})
+			require.NoError(t, s.Put("k", []byte("1"), 0))
+			before := mustGet(t, s, "k").Revision
+			require.NoError(t, s.Put("k", []byte("2"), 0))
+			old.Store(before)
+			revision, err := s.Update("k", []byte("3"), 0, mustGet(t, s, "k").Revision)
+			require.NoError(t, err)
+			require.Zero(t, old.Load(), "it was refused")
+			is := mustGet(t, s, "k")
+			assert.Equal(t, "3", string(is.Value))
+			assert.Equal(t, is.Revision, revision)
+			old.Store(before)
+			require.NoError(t, s.Put("k", []byte("4"), 0))
+			assert.Equal(t, revision+1, mustGet(t, s, "k").Revision, "it was written once")
+			old.Store(before)
+			require.NoError(t, s.DeleteRevision("k", revision+1))
+			// What has really gone is a conflict.
+			_, err = s.Update("k", nil, 0, revision+1)
+			refuses(t, ErrConflict, err)
+		})
+	}
 }

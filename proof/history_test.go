@@ -333,7 +333,13 @@ func (v *verdict) checkOne(what string, model porcupine.Model, ops []porcupine.O
 	if _, ok := ops[0].Input.(regInput); ok {
 		lenient = lenientRegister.ToModel()
 	}
-	if len(suspects) > 0 && porcupine.CheckOperationsTimeout(lenient, kept, limit) == porcupine.Ok {
+	if len(suspects) > 0 {
+		result, model, ops = porcupine.CheckOperationsTimeout(lenient, kept, limit), lenient, kept
+	}
+	switch {
+	case result == porcupine.Unknown:
+		v.undecided++
+	case result == porcupine.Ok:
 		for i, op := range suspects {
 			with := append(slices.Clone(kept), op)
 			if maybe, ok := perhaps(op); ok {
@@ -345,9 +351,9 @@ func (v *verdict) checkOne(what string, model porcupine.Model, ops []porcupine.O
 			}
 			v.stale = append(v.stale, staleRead{what + ": " + model.DescribeOperation(op.Input, op.Output), since[i]})
 		}
-		return
+	default:
+		v.faults = append(v.faults, fmt.Sprintf("%s is not linearizable:\n%s", what, script(model, smallest(model, ops, limit))))
 	}
-	v.faults = append(v.faults, fmt.Sprintf("%s is not linearizable:\n%s", what, script(model, smallest(model, ops, limit))))
 }
 
 // smallest leaves out of a history that makes no sense what is not needed for

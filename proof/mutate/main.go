@@ -43,6 +43,7 @@ var suite = map[string]string{
 	"unfit-locks":      ". -run ^TestBucketsThatCannotHoldLocks$",
 	"waiting":          ". -run ^TestWaitingForALock$",
 	"next":             ". -run ^TestNextAmongManyWaiters$",
+	"cut-off":          ". -run ^TestRefusedByALeaderThatWasCutOff$",
 	"in-doubt":         ". -run ^TestInDoubtBesideItsOwnRefresh$",
 	"refreshes":        ". -run ^TestRefreshNearTheEnd$",
 	"at-the-deadline":  ". -run ^TestWatchRefreshedAtTheDeadline$",
@@ -184,6 +185,7 @@ var mutations = []mutation{
 	{"locks-in-a-bucket-with-max-age", []edit{{"	case c.MaxAge > 0:\n", "	case false:\n"}}, []string{"unfit-locks"}},
 	{"waiters-poll", []edit{{"		if len(q.subs) == 0 || s.missesReleases {\n			wake = earlier(wake, answered.Add(missedReleaseCheck))", "		if true {\n			wake = earlier(wake, answered.Add(30*time.Millisecond))"}}, []string{"waiting"}},
 	{"waiters-all-at-once", []edit{{"	case chosen:\n		return wake\n	case q.heard", "	case true:\n		return wake\n	case q.heard"}}, []string{"next"}},
+	{"refused-by-a-leader-that-was-cut-off", []edit{{"			if b.replicated() && knowsLess(err, base) {\n", "			if false && knowsLess(err, base) {\n"}}, []string{"cut-off"}},
 	{"in-doubt-looks-once", []edit{{"		if err != errMoved || !l.inDoubt {\n			return r, err\n		}\n	}\n", "		return r, err\n	}\n"}}, []string{"in-doubt"}},
 	{"refresh-by-the-estimate", []edit{{"	r, err := n.write(newBudget(ctx), l, mutation{value: n.s.leaseData(l.ttl, l.token), ttl: l.ttl})\n", "	if n.b.expired(newBudget(ctx), n.b.cache.recall(l.key).deadline) {\n		return ErrLockExpired\n	}\n	r, err := n.write(newBudget(ctx), l, mutation{value: n.s.leaseData(l.ttl, l.token), ttl: l.ttl})\n"}}, []string{"refreshes"}},
 
