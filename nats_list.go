@@ -57,7 +57,7 @@ func (l *listing) has(key string) bool {
 
 // list reads all records of keys that match the pattern, with their values or
 // without. The consumer may be on a server that fails meanwhile; then it starts
-// over, as long as the time since the last message allows. It costs four requests, and more for each 16,384 keys or 4 MiB.
+// over, for up to five seconds. It costs four requests, and more for each 16,384 keys or 4 MiB.
 //
 // A leader whose last sequence is lower than since is one that does not lead any more.
 func (b *bucket) list(budget *retryBudget, p pattern, values bool, since uint64) (listing, error) {
@@ -69,6 +69,7 @@ func (b *bucket) list(budget *retryBudget, p pattern, values bool, since uint64)
 		}
 		return l, err
 	}
+	var failed time.Time // the first try
 	for tries := 1; ; tries++ {
 		info, err := b.info(budget)
 		if err != nil {
@@ -90,7 +91,10 @@ func (b *bucket) list(budget *retryBudget, p pattern, values bool, since uint64)
 			l.all = sortAndDedupe(l.all)
 			return l, nil
 		}
-		if !errors.Is(err, errStartOver) && !passing(err) || tries == 5 {
+		if failed.IsZero() {
+			failed = time.Now()
+		}
+		if !errors.Is(err, errStartOver) && !passing(err) || tries == 5 || time.Since(failed) > opTimeout {
 			return listing{}, err
 		}
 		if err := b.waitAfter(budget, err); err != nil {
@@ -358,7 +362,9 @@ func (c *consumer) next(budget *retryBudget, e *epoch, timer *time.Timer) (*nats
 	switch {
 	case err == nil:
 		budget.progress()
-		budget.begun = time.Now() // however long the listing is
+		if statusOf(msg) == "" {
+			budget.begun = time.Now() // however long the listing is
+		}
 	case c.b.ended(budget) == nil:
 		err = fmt.Errorf("%w: %w", errStartOver, err)
 	}

@@ -30,6 +30,8 @@ const (
 	// repeatInterval is how often a request is made again that a leader that is
 	// being elected may never answer.
 	repeatInterval = 500 * time.Millisecond
+	// slowAfter is how long a ping must be on its way for the link to count as slow.
+	slowAfter = time.Second
 	// ackTimeout is how long a write that can be repeated safely waits for its
 	// acknowledgement, and half of it is how long it does once that cannot be on
 	// its way any more.
@@ -595,7 +597,7 @@ func (w *waiter) check() verdict {
 		case w.rep == resolvable && now.Sub(w.sent) >= ackTimeout && quiet >= ackTimeout/2:
 			return giveUp
 		}
-	} else if moving {
+	} else if moving && now.Sub(w.sent) > slowAfter {
 		w.budget.progress()
 		// The link is slow, nobody else is in the way: this time does not count.
 		w.budget.begun = w.budget.begun.Add(checkInterval)
