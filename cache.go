@@ -20,8 +20,8 @@ import (
 //
 // For each entry a Cache takes the key, the value and about 250 bytes. On a
 // [NATSStore] the watch behind it takes as much again, once for all watches of the
-// pattern in a store. What an operator purges there is noticed after up to about
-// two seconds, which AsOf does not take into account.
+// pattern in a store. AsOf does not take into account there what [NATSStore] says of
+// keys that an operator purges, and of a leader that a partition has cut off.
 type Cache struct {
 	pattern pattern
 	entries sync.Map // *KeyValue by key; those in it are never changed

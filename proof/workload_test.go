@@ -813,7 +813,7 @@ func (l *load) useCache(ctx context.Context, client int, s state.Store, cache *s
 				continue
 			}
 			if err != nil || kv.Revision < acked[i].revision {
-				l.broke("cache: as of %v it holds %+v, %v; revision %d was acknowledged %v before", asOf, kv, err, acked[i].revision, asOf.Sub(acked[i].at))
+				l.suspect(l.now(), fmt.Sprintf("cache: as of %v it holds %+v, %v; revision %d was acknowledged %v before", asOf, kv, err, acked[i].revision, asOf.Sub(acked[i].at)))
 			}
 			l.cacheReads.Add(1)
 			acked = acked[i:]
