@@ -57,7 +57,8 @@ func (l *listing) has(key string) bool {
 
 // list reads all records of keys that match the pattern, with their values or
 // without. The consumer may be on a server that fails meanwhile; then it starts
-// over, for up to five seconds. It costs four requests, and more for each 16,384 keys or 4 MiB.
+// over, for up to five seconds. It costs four requests, and more for each 16,384
+// keys or 4 MiB.
 //
 // A leader whose last sequence is lower than since is one that does not lead any more.
 func (b *bucket) list(budget *retryBudget, p pattern, values bool, since uint64) (listing, error) {
@@ -69,7 +70,7 @@ func (b *bucket) list(budget *retryBudget, p pattern, values bool, since uint64)
 		}
 		return l, err
 	}
-	var failed time.Time // the first try
+	var failed time.Time // when the first try failed
 	for tries := 1; ; tries++ {
 		info, err := b.info(budget)
 		if err != nil {

@@ -364,8 +364,8 @@ func smallest(model porcupine.Model, ops []porcupine.Operation, limit time.Durat
 	ops = slices.Clone(ops)
 	slices.SortFunc(ops, func(x, y porcupine.Operation) int { return cmp.Compare(x.Call, y.Call) })
 	// A prefix first: what was called later does not matter to what is wrong
-	// already, as long as all that was called before is there. What had not
-	// returned by then may be explained by something later.
+	// already, as long as all that was called before is there. A later
+	// operation may explain a read that had not returned by then, so that is left out.
 	prefix := func(n int) []porcupine.Operation {
 		return slices.DeleteFunc(slices.Clone(ops[:n]), func(op porcupine.Operation) bool {
 			return n < len(ops) && op.Return > ops[n].Call && idle(op, ops[:n])
