@@ -124,7 +124,11 @@ var programs = map[string]struct {
 func TestPrograms(t *testing.T) {
 	for name, p := range programs {
 		t.Run(name, func(t *testing.T) {
-			met, end := 0, *firstSeed+uint64(*seeds/p.oneIn)
+			runs := *seeds / p.oneIn
+			if testing.Short() {
+				runs = max(runs/5, 1) // so much slower is the race detector
+			}
+			met, end := 0, *firstSeed+uint64(runs)
 			for seed := *firstSeed; seed < end; seed++ {
 				faults, wrong := simulate(t, seed, statetest.DefaultRates(), p.run)
 				met += len(faults)
