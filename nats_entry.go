@@ -1,6 +1,7 @@
 package state
 
 import (
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -195,11 +196,23 @@ type storedMsg struct {
 
 // record reads the message. Headers that cannot be read count as absent.
 func (m *storedMsg) record(maxAge time.Duration) record {
-	var hdr nats.Header
-	if len(m.Header) > 0 {
-		hdr, _ = nats.DecodeHeadersMsg(m.Header)
+	return decode(decodeBlock(m.Header), m.Data, m.Seq, timestamp(m.Time.UnixNano()), maxAge)
+}
+
+// decodeBlock decodes a block of headers as it was stored. One that does not end
+// as it should reads as in the answer to a direct get, where the server puts its
+// own headers in the place of the last two bytes, whatever these are.
+func decodeBlock(block []byte) nats.Header {
+	hdr, err := nats.DecodeHeadersMsg(block)
+	if end := len(block) - len("\r\n"); err != nil && end > 0 {
+		hdr, _ = nats.DecodeHeadersMsg(append(slices.Clip(block[:end]), "\r\n"...))
 	}
-	return decode(hdr, m.Data, m.Seq, timestamp(m.Time.UnixNano()), maxAge)
+	return hdr
+}
+
+// unreadable reports whether nats.go could not decode a message's headers.
+func unreadable(msg *nats.Msg) bool {
+	return msg.Header == nil && msg.Size() > len(msg.Subject)+len(msg.Reply)+len(msg.Data)
 }
 
 // directRecord reads the answer to a direct get, if it is a message of the

@@ -505,10 +505,20 @@ func (f *feed) accept(msg *nats.Msg) error {
 		return fmt.Errorf("status %s", st.code)
 	}
 	f.b.clock.observe(d.written)
+	rec := decode(msg.Header, msg.Data, d.seq, d.written, f.b.settings.Load().MaxAge)
+	key, ok := f.b.key(f.pattern, msg.Subject)
+	if ok && unreadable(msg) { // see decodeBlock
+		if rec, err = f.b.leaderRecord(newBudget(f.ctx), key); err != nil {
+			return err
+		}
+		if rec.revision < d.seq {
+			return errStaleLeader // or it has gone: then it is not delivered again
+		}
+	}
 	f.asked--
 	f.cursor, f.pending, f.readSeq = d.seq, d.pending, d.seq
-	if key, ok := f.b.key(f.pattern, msg.Subject); ok {
-		f.report(key, decode(msg.Header, msg.Data, d.seq, d.written, f.b.settings.Load().MaxAge))
+	if ok {
+		f.report(key, rec)
 	}
 	return nil
 }

@@ -326,8 +326,8 @@ func (l *listRun) add(budget *retryBudget, msg *nats.Msg, d delivery) error {
 		return nil
 	}
 	rec := decode(msg.Header, msg.Data, d.seq, d.written, l.maxAge)
-	if l.headersOnly && !appended(msg, "Nats-Msg-Size") {
-		// With the header that the server adds it reads otherwise than as it was
+	if unreadable(msg) || l.headersOnly && !appended(msg, "Nats-Msg-Size") {
+		// It reads otherwise in the answer to a direct get, or than as it was
 		// stored.
 		var err error
 		if rec, err = l.b.leaderRecord(budget, key); err != nil || rec.revision == 0 {

@@ -243,6 +243,8 @@ var oddHeaders = []string{
 	"NATS/1.0\r\nA: x",
 	"NATS/1.0\r\nKV-Operation: DEL\r\n",
 	"NATS/1.0\r\nKV-Operation: DEL\r\nA: x\r\n",
+	"NATS/1.0\r\nKV-Operation: DEL\r\nA\n",
+	"NATS/1.0\r\nKV-Operation: DEL\r\nAb",
 	"NATS/1.0\r\nNats-Stream: KV_b\r\nNats-Sequence: 7\r\nNats-Subject: $KV.b.zzz\r\nNats-Num-Pending: 0\r\nNats-Time-Stamp: 2020-01-01T00:00:00Z\r\n\r\nA: x\r\n\r\n",
 	"NATS/1.0\r\nNats-Stream: KV_b\r\nNats-Sequence: 7\r\nNats-Num-Pending: 0\r\nNats-Time-Stamp: 2020-01-01T00:00:00Z\r\n\r\nA: x\r\n\r\n",
 	"NATS/1.0\r\nKV-Operation: DEL\r\nfoo\r\n\r\n",
@@ -302,6 +304,25 @@ func TestOddHeaders(t *testing.T) {
 			}
 			assert.Empty(t, agree(t, s, "", keys))
 		})
+	}
+}
+
+// TestMarkerWithOddEnd: the server puts its own headers in the place of the last
+// two bytes of a block, which makes some readable. What then reads as a marker is
+// one, however it is read.
+func TestMarkerWithOddEnd(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	events := mustWatch(t, s, "*")
+	raw := dialRaw(t, srv.Addr())
+	for i, end := range []string{"A\n", "Ab", "\xff\r"} {
+		key := fmt.Sprintf("k.%d", i)
+		require.NoError(t, s.Put(key, nil, 0))
+		assert.Equal(t, "put "+key, brief(receive(t, events)))
+		require.NotZero(t, raw.store(t, "$KV.b."+key, "NATS/1.0\r\nKV-Operation: DEL\r\n"+end, nil))
+		assert.Equal(t, "delete "+key, brief(receive(t, events)), "%q", end)
+		assert.Empty(t, agree(t, s, "", []string{key}), "%q", end)
 	}
 }
 
