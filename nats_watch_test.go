@@ -615,8 +615,9 @@ func TestExpiriesOnReplicas(t *testing.T) {
 	name := func(i int) string { return fmt.Sprintf("k.%d", i) }
 
 	// expire writes the keys, and returns when all watches have seen them end. It
-	// returns how many messages that took.
-	expire := func(t *testing.T, config jetstream.KeyValueConfig, ttl time.Duration, end func(*NATSStore)) (messages uint64) {
+	// returns how many messages that took besides those of the keys and of end, which
+	// says how many it has written.
+	expire := func(t *testing.T, config jetstream.KeyValueConfig, ttl time.Duration, end func(*NATSStore) int) (messages int) {
 		config.Replicas = 3
 		_, err := js.CreateKeyValue(ctx, config)
 		require.NoError(t, err)
@@ -634,10 +635,7 @@ func TestExpiriesOnReplicas(t *testing.T) {
 		for _, w := range watches {
 			eventually(t, func() bool { return w.last(name(keys-1)) != nil }, "all puts")
 		}
-		end(stores[1])
-		info, err := stores[0].data.info(newBudget(ctx))
-		require.NoError(t, err)
-		before := info.State.LastSeq
+		written := keys + end(stores[1])
 		for _, w := range watches {
 			for key := range revisions {
 				eventually(t, func() bool { return w.last(key).Operation == OpDelete }, "an end")
@@ -654,14 +652,14 @@ func TestExpiriesOnReplicas(t *testing.T) {
 				}
 			}
 		}
-		info, err = stores[0].data.info(newBudget(ctx))
+		info, err := stores[0].data.info(newBudget(ctx))
 		require.NoError(t, err)
-		return info.State.LastSeq - before
+		return int(info.State.LastSeq) - written
 	}
-	nothing := func(*NATSStore) {}
+	nothing := func(*NATSStore) int { return 0 }
 
 	t.Run("ttl", func(t *testing.T) {
-		require.EqualValues(t, keys, expire(t, jetstream.KeyValueConfig{Bucket: "ttl"}, time.Second, nothing))
+		require.Equal(t, keys, expire(t, jetstream.KeyValueConfig{Bucket: "ttl"}, time.Second, nothing))
 		kv, err := js.KeyValue(ctx, "ttl")
 		require.NoError(t, err)
 		for i := range keys {
@@ -670,13 +668,14 @@ func TestExpiriesOnReplicas(t *testing.T) {
 		}
 	})
 	t.Run("history", func(t *testing.T) {
-		require.EqualValues(t, keys, expire(t, jetstream.KeyValueConfig{Bucket: "history", History: 5}, time.Second, nothing))
+		require.Equal(t, keys, expire(t, jetstream.KeyValueConfig{Bucket: "history", History: 5}, time.Second, nothing))
 	})
 	t.Run("purged", func(t *testing.T) {
-		require.EqualValues(t, keys, expire(t, jetstream.KeyValueConfig{Bucket: "purged"}, 0, func(*NATSStore) {
+		require.Equal(t, keys, expire(t, jetstream.KeyValueConfig{Bucket: "purged"}, 0, func(*NATSStore) int {
 			st, err := js.Stream(ctx, "KV_purged")
 			require.NoError(t, err)
 			require.NoError(t, st.Purge(ctx))
+			return 0
 		}))
 	})
 	t.Run("max-age", func(t *testing.T) {
@@ -687,14 +686,16 @@ func TestExpiriesOnReplicas(t *testing.T) {
 		require.Zero(t, expire(t, jetstream.KeyValueConfig{Bucket: "markers", LimitMarkerTTL: time.Hour}, time.Second, nothing))
 	})
 	t.Run("full", func(t *testing.T) {
-		require.Zero(t, expire(t, jetstream.KeyValueConfig{Bucket: "full", MaxBytes: 64 << 10}, 3*time.Second, func(s *NATSStore) {
+		require.Zero(t, expire(t, jetstream.KeyValueConfig{Bucket: "full", MaxBytes: 64 << 10}, 3*time.Second, func(s *NATSStore) (written int) {
 			for size, i := 4096, 0; size > 0; i++ {
 				if err := s.Put(fmt.Sprintf("more.%d", i), make([]byte, size), 0); err == ErrStoreFull {
 					size /= 2
 				} else {
 					require.NoError(t, err)
+					written++
 				}
 			}
+			return written
 		}))
 	})
 }
