@@ -383,9 +383,13 @@ func TestRandomMessages(t *testing.T) {
 	for round := range 6 {
 		bucket := fmt.Sprintf("fuzz-%d", round)
 		s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: bucket})
+		watch := observe(mustWatch(t, s, "*"))
 		var keys []string
 		for i := range 60 {
 			key := fmt.Sprintf("%s.%d", pick("a", "b", "c"), i)
+			if rnd.IntN(2) == 0 {
+				require.NoError(t, s.Put(key, nil, 0))
+			}
 			hdr := block()
 			data := make([]byte, rnd.IntN(2)*rnd.IntN(1+round%2*4000))
 			for i := range data {
@@ -406,6 +410,16 @@ func TestRandomMessages(t *testing.T) {
 		agree(t, s, "", keys)
 		for _, prefix := range []string{"a.", "b.", "c."} {
 			agree(t, s, prefix, nil)
+		}
+		for _, key := range keys {
+			kv, err := s.GetKeyValue(key)
+			eventually(t, func() bool {
+				told := watch.last(key)
+				if err == ErrNotFound { //nolint:errorlint // bare
+					return told == nil || told.Operation == OpDelete // there may have been nothing to delete
+				}
+				return told != nil && assert.ObjectsAreEqual(kv, told.KeyValue)
+			}, "what a watch tells of "+key)
 		}
 		for _, key := range keys {
 			writable(t, s, key)
