@@ -199,9 +199,9 @@ func (m *storedMsg) record(maxAge time.Duration) record {
 	return decode(decodeBlock(m.Header), m.Data, m.Seq, timestamp(m.Time.UnixNano()), maxAge)
 }
 
-// decodeBlock decodes a block of headers as it was stored. One that does not end
-// as it should reads as in the answer to a direct get, where the server puts its
-// own headers in the place of the last two bytes, whatever these are.
+// decodeBlock decodes a header block as it was stored. If that fails, it decodes
+// the block as the answer to a direct get has it, where the server replaces the
+// last two bytes, whatever they are, by its own headers.
 func decodeBlock(block []byte) nats.Header {
 	hdr, err := nats.DecodeHeadersMsg(block)
 	if end := len(block) - len("\r\n"); err != nil && end > 0 {

@@ -505,14 +505,11 @@ func (f *feed) accept(msg *nats.Msg) error {
 		return fmt.Errorf("status %s", st.code)
 	}
 	f.b.clock.observe(d.written)
-	rec := decode(msg.Header, msg.Data, d.seq, d.written, f.b.settings.Load().MaxAge)
 	key, ok := f.b.key(f.pattern, msg.Subject)
-	if ok && unreadable(msg) { // see decodeBlock
-		if rec, err = f.b.leaderRecord(newBudget(f.ctx), key); err != nil {
+	var rec record
+	if ok {
+		if rec, err = f.decode(key, msg, d); err != nil {
 			return err
-		}
-		if rec.revision < d.seq {
-			return errStaleLeader // or it has gone: then it is not delivered again
 		}
 	}
 	f.asked--
@@ -521,6 +518,19 @@ func (f *feed) accept(msg *nats.Msg) error {
 		f.report(key, rec)
 	}
 	return nil
+}
+
+// decode makes a record of a message. If the headers cannot be decoded, it reads the
+// key's last record from the leader.
+func (f *feed) decode(key string, msg *nats.Msg, d delivery) (record, error) {
+	if !unreadable(msg) {
+		return decode(msg.Header, msg.Data, d.seq, d.written, f.b.settings.Load().MaxAge), nil
+	}
+	r, err := f.b.leaderRecord(newBudget(f.ctx), key)
+	if err == nil && r.revision < d.seq {
+		err = errStaleLeader // or the message was removed: then it is not delivered again
+	}
+	return r, err
 }
 
 // report pushes the events that a record of a key amounts to, given what was

@@ -327,8 +327,8 @@ func (l *listRun) add(budget *retryBudget, msg *nats.Msg, d delivery) error {
 	}
 	rec := decode(msg.Header, msg.Data, d.seq, d.written, l.maxAge)
 	if unreadable(msg) || l.headersOnly && !appended(msg, "Nats-Msg-Size") {
-		// It reads otherwise in the answer to a direct get, or than as it was
-		// stored.
+		// The headers could not be decoded, or the one that the server adds changes
+		// how they read.
 		var err error
 		if rec, err = l.b.leaderRecord(budget, key); err != nil || rec.revision == 0 {
 			return err

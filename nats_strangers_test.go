@@ -307,9 +307,9 @@ func TestOddHeaders(t *testing.T) {
 	}
 }
 
-// TestMarkerWithOddEnd: the server puts its own headers in the place of the last
-// two bytes of a block, which makes some readable. What then reads as a marker is
-// one, however it is read.
+// TestMarkerWithOddEnd: the server replaces the last two bytes of a header block by
+// its own headers, which makes some blocks decodable. What is then a marker is a
+// marker to every method.
 func TestMarkerWithOddEnd(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, nil)
@@ -414,12 +414,12 @@ func TestRandomMessages(t *testing.T) {
 		for _, key := range keys {
 			kv, err := s.GetKeyValue(key)
 			eventually(t, func() bool {
-				told := watch.last(key)
+				last := watch.last(key)
 				if err == ErrNotFound { //nolint:errorlint // bare
-					return told == nil || told.Operation == OpDelete // there may have been nothing to delete
+					return last == nil || last.Operation == OpDelete // there may have been nothing to delete
 				}
-				return told != nil && assert.ObjectsAreEqual(kv, told.KeyValue)
-			}, "what a watch tells of "+key)
+				return last != nil && assert.ObjectsAreEqual(kv, last.KeyValue)
+			}, "the watch reports the state of "+key)
 		}
 		for _, key := range keys {
 			writable(t, s, key)

@@ -394,17 +394,27 @@ func TestWatchThatCannotAttachEnds(t *testing.T) {
 // consumers returns the names of a stream's consumers that begin with prefix.
 func consumers(t testing.TB, js jetstream.JetStream, stream, prefix string) []string {
 	t.Helper()
+	var names []string
+	for _, c := range consumerInfos(t, js, stream) {
+		if strings.HasPrefix(c.Name, prefix) {
+			names = append(names, c.Name)
+		}
+	}
+	return names
+}
+
+func consumerInfos(t testing.TB, js jetstream.JetStream, stream string) (infos []*jetstream.ConsumerInfo) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	s, err := js.Stream(ctx, stream)
 	require.NoError(t, err)
-	var names []string
-	for name := range s.ConsumerNames(ctx).Name() {
-		if strings.HasPrefix(name, prefix) {
-			names = append(names, name)
-		}
+	all := s.ListConsumers(ctx)
+	for info := range all.Info() {
+		infos = append(infos, info)
 	}
-	return names
+	require.NoError(t, all.Err())
+	return infos
 }
 
 // deleteConsumers deletes the consumers of a stream, except those of the test.
@@ -545,18 +555,14 @@ func TestFlappingConnectionLeavesNoConsumers(t *testing.T) {
 	for _, watch := range all {
 		eventually(t, func() bool { return watch.last("k.2") != nil }, "an event")
 	}
-	// A request to delete one may be lost with its connection. Then the server
-	// removes it when nobody has asked for as long as it lives.
+	// A request to delete a consumer may be lost with its connection. Then the server
+	// deletes it after its inactive threshold.
 	left := func(life time.Duration) (n int) {
-		st, err := js.Stream(t.Context(), "KV_b")
-		require.NoError(t, err)
-		all := st.ListConsumers(t.Context())
-		for c := range all.Info() {
+		for _, c := range consumerInfos(t, js, "KV_b") {
 			if c.Config.InactiveThreshold <= life {
 				n++
 			}
 		}
-		require.NoError(t, all.Err())
 		return n
 	}
 	atMost := func(most int, life, after time.Duration) {

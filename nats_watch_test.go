@@ -614,9 +614,9 @@ func TestExpiriesOnReplicas(t *testing.T) {
 	ctx := t.Context()
 	name := func(i int) string { return fmt.Sprintf("k.%d", i) }
 
-	// expire writes the keys, and returns when all watches have seen them end. It
-	// returns how many messages that took besides those of the keys and of end, which
-	// says how many it has written.
+	// expire writes the keys, calls end, and waits until all watches have reported
+	// that the keys ended. It returns the number of messages that were stored besides
+	// the keys and those that end wrote, whose number end returns.
 	expire := func(t *testing.T, config jetstream.KeyValueConfig, ttl time.Duration, end func(*NATSStore) int) (messages int) {
 		config.Replicas = 3
 		_, err := js.CreateKeyValue(ctx, config)

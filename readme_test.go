@@ -475,7 +475,7 @@ func TestReadmeCosts(t *testing.T) {
 			go func() { _, err := Acquire(ctx, s, "busy", time.Hour); ended <- err }()
 			return func() {
 				cancel()
-				if err := <-ended; !errors.Is(err, context.Canceled) { // before it had its answer
+				if err := <-ended; !errors.Is(err, context.Canceled) { // it gave up before the server answered
 					refuses(t, ErrLockHeld, err)
 				}
 			}

@@ -126,7 +126,7 @@ func TestPrograms(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			runs := *seeds / p.oneIn
 			if testing.Short() {
-				runs = max(runs/5, 1) // so much slower is the race detector
+				runs = max(runs/5, 1) // the race detector is about five times slower
 			}
 			met, end := 0, *firstSeed+uint64(runs)
 			for seed := *firstSeed; seed < end; seed++ {

@@ -219,7 +219,7 @@ var mutations = []mutation{
 	{"keys-of-no-consumer", []edit{{"			if c.info.Name == c.name {\n", "			if true {\n"}, {"		if err == nil && msg != nil {\n", "		if false && msg != nil {\n"}}, []string{"stopping"}},
 	{"keys-by-the-last-revisions", []edit{{"		Name: c.name, Deliver: \"all\",", "		Name: c.name, Deliver: \"last_per_subject\","}}, []string{"with-history", "large-history"}},
 	{"block-as-it-ends", []edit{{"err != nil && end > 0 {", "err != nil && end < 0 {"}}, []string{"odd-ends"}},
-	{"unreadable-to-a-watch", []edit{{"	if ok && unreadable(msg) {", "	if ok && false {"}}, []string{"odd-ends"}},
+	{"unreadable-to-a-watch", []edit{{"	if !unreadable(msg) {", "	if true {"}}, []string{"odd-ends"}},
 	{"unreadable-to-a-list", []edit{{"	if unreadable(msg) || l.headersOnly", "	if l.headersOnly"}}, []string{"odd-ends"}},
 	{"expiry-of-what-was-replaced", []edit{{"	if r.expired != 0 {\n", "	if false {\n"}}, []string{"missed", "marked"}},
 	{"expiry-of-what-is-gone", []edit{{" && !r.markedGone()\n", "\n"}}, []string{"missed"}},
