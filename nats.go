@@ -112,7 +112,8 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // seconds, or for as long as what it replaces. A watch writes none, and may report
 // an expiry that such a leader confirms, if the bucket is full, if the bucket's own
 // TTL ends the key, if the bucket has delete markers, or if an older revision comes
-// back because another client wrote the one that expired.
+// back because another client wrote the one that expired. On one replica, a watch
+// that was cut off writes a deletion of a key that was gone when it came back.
 //
 // An acknowledgement means that a majority of the replicas has the change. The
 // servers' sync_interval says when they sync it to the disk.

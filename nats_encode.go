@@ -106,7 +106,10 @@ func (e encoder) encode(m mutation, base record, pre precondition) (header, reco
 	case lasts:
 		state.created, state.replaced = next.created, base.deadline
 	case !m.marker:
-		state.created = next.created
+		state.created, state.expired = next.created, base.revision
+		if base.deleted {
+			state.expired = base.expired
+		}
 	}
 	switch {
 	case pre == ifUnchanged && e.fixed:

@@ -31,7 +31,8 @@ const (
 	//	d=  the deadline of the value that was replaced: if that had passed when
 	//	    this one was written, the key came into being with this one
 	//	t=  the exact TTL, of which Nats-TTL is only the server's part
-	//	x=  of a deletion: the revision that had expired, with the deadline d=
+	//	x=  the revision that had expired, as its writer found. Of a deletion that
+	//	    is what it replaced, with the deadline d=
 	//
 	// in nanoseconds, times since 1970.
 	headerState = "State"
@@ -45,7 +46,8 @@ type record struct {
 	removal  timestamp // when the server removes it; none for 0
 	deleted  bool      // it is a marker; created is then that of what it deleted
 	expiry   bool      // and the server wrote it, in place of what expired
-	expired  uint64    // or a watch did: the revision that had expired
+	expired  uint64    // the revision that had expired, as its writer found; a watch wrote such a deletion
+	base     uint64    // the revision that it replaced, if that was a condition
 	aged     bool      // the deadline is that of the bucket's MaxAge
 	op       string    // identifies the write, "" if another client made it
 	replaced timestamp // the deadline of what was replaced, as far as the writer knew; 0 for none
@@ -56,11 +58,6 @@ type record struct {
 	estimated, uncertain bool
 	// yields is that of the lock that this store has released.
 	yields int
-}
-
-// markedGone reports whether a watch wrote it because there was nothing.
-func (r *record) markedGone() bool {
-	return r.deleted && r.op != "" && r.created == 0 && r.replaced == 0
 }
 
 // exists reports whether the key exists at now.
@@ -85,7 +82,10 @@ func decode(hdr nats.Header, data []byte, seq uint64, written timestamp, maxAge 
 		r.value = []byte{}
 	}
 	st := decodeState(hdr.Get(headerState))
-	r.op, r.replaced = st.op, st.replaced
+	r.op, r.replaced, r.expired = st.op, st.replaced, st.expired
+	if len(hdr[headerExpectedSubject]) == 0 {
+		r.base, _ = strconv.ParseUint(hdr.Get(headerExpected), 10, 64)
+	}
 	lasting := st.created > 0 && st.created < written && !st.replaced.passed(written)
 	if lasting {
 		r.created = st.created
@@ -93,7 +93,7 @@ func decode(hdr nats.Header, data []byte, seq uint64, written timestamp, maxAge 
 	reason := hdr.Get(headerReason)
 	if op := hdr.Get(headerOperation); op == "DEL" || op == "PURGE" || reason != "" {
 		r.deleted = true
-		r.expiry, r.expired = reason == "MaxAge", st.expired
+		r.expiry = reason == "MaxAge"
 		if !lasting {
 			r.created = 0
 		}
@@ -123,7 +123,7 @@ type stateHeader struct {
 	created  timestamp
 	replaced timestamp // the deadline of what was replaced
 	ttl      time.Duration
-	expired  uint64 // the revision that was replaced because it had expired
+	expired  uint64 // the revision that had expired
 }
 
 // encode appends the words that matter.

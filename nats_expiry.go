@@ -42,6 +42,7 @@ type liveKeys struct {
 	expecting bool // the first listing comes from a Follow
 	listed    bool // there was one
 	listing   bool // there is one under way
+	listedIn  int  // the attachment in which the last one began
 	touched   map[string]uint64
 
 	recentDeletions map[string]reportedDeletion
@@ -61,7 +62,7 @@ func newLiveKeys(follow bool) liveKeys {
 	return liveKeys{
 		alive: make(map[string]*tracked), touched: make(map[string]uint64),
 		recentDeletions: make(map[string]reportedDeletion), unconfirmed: make(map[string]*tracked),
-		expecting: follow, listPause: stateLife, floor: math.MaxUint64, window: firstWindow,
+		expecting: follow, listedIn: 1, listPause: stateLife, floor: math.MaxUint64, window: firstWindow,
 		again: backoff{expiryPause, maxExpiryPause},
 	}
 }
@@ -74,16 +75,18 @@ type tracked struct {
 	removal  timestamp // when the server removes it; none for 0
 	unread   bool      // the revision was listed, and will be delivered
 	aged     bool      // the deadline is that of the bucket's MaxAge, which may be changed
+	// attachment is that of the feed in which it was last seen to exist. It may have
+	// been refreshed between two of them, and have ended since.
+	attachment int
 }
 
-// ended reports whether the key had come to its deadline when r, a later record
-// of it, was written. What was written in between may have been missed. That there
-// was something, and the key never ended, is shown by a record of the same creation,
-// by one that replaced what had a later deadline, and by one that found nothing to
-// replace: the server keeps a value for a while.
+// ended reports whether r, a later record of the key, shows that the value was never
+// refreshed and came to its deadline: r names it as what had expired, or replaced
+// it after that. A record that does neither may have followed a refresh that was
+// missed.
 func (t *tracked) ended(r *record) bool {
-	return (t.deadline.passed(r.modified) || r.expiry) && t.created != r.created &&
-		r.replaced <= t.deadline && !r.markedGone()
+	return r.expired == t.revision ||
+		(r.base == t.revision || r.replaced == t.deadline) && t.deadline.passed(r.modified)
 }
 
 // A reportedDeletion is the last deletion or expiry of a key that was reported: a marker
@@ -94,13 +97,14 @@ type reportedDeletion struct {
 	at      time.Time
 }
 
-func (f *feed) track(key string, r *record, unread bool) {
+// track takes over what a key has become by r, which was seen in an attachment.
+func (f *feed) track(key string, r *record, attachment int, unread bool) {
 	t := f.alive[key]
 	if t == nil {
 		t = &tracked{expiring: expiring{key: key}}
 		f.alive[key] = t
 	}
-	t.revision, t.created, t.removal, t.unread, t.aged = r.revision, r.created, r.removal, unread, r.aged
+	t.revision, t.created, t.removal, t.unread, t.aged, t.attachment = r.revision, r.created, r.removal, unread, r.aged, attachment
 	f.floor = min(f.floor, r.revision)
 	f.expiries.set(&t.expiring, r.deadline)
 }
@@ -122,7 +126,7 @@ func (f *feed) list() {
 	if f.listing {
 		return
 	}
-	f.listing, f.changed, f.shrunk = true, false, false
+	f.listing, f.listedIn, f.changed, f.shrunk = true, f.attachments, false, false
 	if f.listed {
 		f.touched = make(map[string]uint64)
 	}
@@ -179,10 +183,13 @@ func (f *feed) merge(l listing) {
 	for i := range l.all {
 		r := &l.all[i]
 		t := f.alive[r.key]
-		if r.deleted || f.touched[r.key] >= r.revision || t != nil && t.revision >= r.revision || r.deadline.passed(over) {
-			continue
+		switch {
+		case t != nil && t.revision == r.revision:
+			t.attachment = max(t.attachment, f.listedIn)
+		case r.deleted, f.touched[r.key] >= r.revision, t != nil && t.revision > r.revision, r.deadline.passed(over):
+		default:
+			f.track(r.key, &r.record, f.listedIn, r.revision > f.cursor)
 		}
-		f.track(r.key, &r.record, r.revision > f.cursor)
 	}
 	f.listed, f.listing, f.lastList = true, false, time.Now()
 	f.touched = make(map[string]uint64)
@@ -252,7 +259,7 @@ func (f *feed) expire() {
 
 // behind reports whether there is something to read that was there when the last
 // message was delivered.
-func (f *feed) behind() bool { return f.pending > 0 || len(f.source.mail) > 0 }
+func (f *feed) behind() bool { return f.held || f.pending > 0 || len(f.source.mail) > 0 }
 
 // due takes out what has come to its deadline, at most so many keys.
 func (f *feed) due(now timestamp, most int) []*tracked {
@@ -278,14 +285,9 @@ type finding struct {
 // be gone.
 func (f *feed) probe(keys []*tracked, over bool, then func([]finding)) {
 	findings, questions := make([]finding, len(keys)), make([]question, len(keys))
-	mark := f.b.marksExpiries()
 	for i, t := range keys {
 		findings[i] = finding{t: t, revision: t.revision}
-		questions[i] = question{key: t.key, mark: mark}
-		if over {
-			questions[i].base = record{entry: entry{revision: t.revision}, deadline: t.deadline, removal: t.removal}
-			questions[i].mark = mark && !t.aged && !t.unread
-		}
+		questions[i] = f.question(t, over)
 	}
 	if len(keys) == 0 {
 		then(findings)
@@ -300,6 +302,25 @@ func (f *feed) probe(keys []*tracked, over bool, then func([]finding)) {
 	})
 }
 
+// question returns what to ask about a key that is over or seems to be gone. A marker
+// must prove the answer where the server's word is not enough: it may not lead any
+// more, or the feed may have missed a refresh that has gone, too.
+func (f *feed) question(t *tracked, over bool) question {
+	replicated := f.b.replicated()
+	prove := f.b.marks() && (replicated || t.attachment != f.attachments)
+	q := question{key: t.key}
+	if !over || t.unread {
+		q.mark = prove // whether it is gone
+		return q
+	}
+	q.base = record{entry: entry{revision: t.revision}, deadline: t.deadline, removal: t.removal}
+	if replicated && t.aged {
+		return q // no marker takes the place of what may live on
+	}
+	q.mark, q.markGone = prove && replicated, prove
+	return q
+}
+
 // expired reports the expiries of keys that were due, by what the leader has.
 func (f *feed) expired(findings []finding) {
 	f.asking = false
@@ -309,7 +330,7 @@ func (f *feed) expired(findings []finding) {
 		switch {
 		case f.alive[t.key] != t || t.revision != found.revision:
 			// It was refreshed, or is gone, as has been reported.
-		case found.underWay && f.b.marksExpiries():
+		case found.underWay && f.b.replicated() && f.b.marks():
 			// Maybe the marker of another store.
 			f.unconfirmed[t.key] = t
 		case !found.known, t.unread && found.last == t.revision:

@@ -79,11 +79,13 @@ func newFeed(b *bucket, p pattern, maxCut time.Duration, follow bool) *feed {
 
 // An attachment is a feed's connection to the stream.
 type attachment struct {
-	source   *consumer // nil while it is cut off
-	epoch    *epoch    // of the connection that the source is on
-	asked    int       // messages that the server may still send
-	created  time.Time // the stream's, which distinguishes it from another of its name; never changed once the feed is ready
-	openedAt timestamp // by the server's clock
+	attachments int       // how many there have been
+	source      *consumer // nil while it is cut off
+	held        bool      // what it delivers is not read: a message is being read from the leader
+	epoch       *epoch    // of the connection that the source is on
+	asked       int       // messages that the server may still send
+	created     time.Time // the stream's, which distinguishes it from another of its name; never changed once the feed is ready
+	openedAt    timestamp // by the server's clock
 
 	cursor  uint64 // the last sequence that was dealt with
 	pending uint64 // how many messages there were behind it
@@ -173,7 +175,10 @@ func (f *feed) run() {
 		var mail <-chan *nats.Msg
 		var broken <-chan struct{}
 		if f.source != nil {
-			mail, broken = f.source.mail, f.epoch.over
+			broken = f.epoch.over
+			if !f.held {
+				mail = f.source.mail
+			}
 		}
 		select {
 		case <-f.ctx.Done():
@@ -287,6 +292,7 @@ func (f *feed) tryToConnect(budget *retryBudget, first bool, cursor uint64, crea
 // attached takes over a new connection, or decides what to do without.
 func (f *feed) attached(a newSource, err error) {
 	if err == nil {
+		f.attachments++
 		f.source, f.epoch, f.asked, f.pending = a.source, a.epoch, 0, 0
 		f.goalSeq, f.goalSeqSince = 0, time.Now()
 		f.noteContact()
@@ -374,7 +380,7 @@ func (f *feed) detach() {
 		f.source.stop()
 		f.source = nil
 	}
-	f.targets = nil
+	f.held, f.targets = false, nil
 }
 
 // noteContact notes that the feed is connected.
@@ -465,12 +471,20 @@ func (f *feed) read(msg *nats.Msg) {
 			f.cutOff(err.Error())
 			return
 		}
+		if f.held {
+			return
+		}
 		select {
 		case msg = <-f.source.mail:
 		default:
 			msg = nil
 		}
 	}
+	f.afterReading()
+}
+
+// afterReading is what the feed does when it has read what there was.
+func (f *feed) afterReading() {
 	if err := f.pull(); err != nil {
 		f.cutOff(err.Error())
 		return
@@ -505,32 +519,45 @@ func (f *feed) accept(msg *nats.Msg) error {
 		return fmt.Errorf("status %s", st.code)
 	}
 	f.b.clock.observe(d.written)
-	key, ok := f.b.key(f.pattern, msg.Subject)
-	var rec record
-	if ok {
-		if rec, err = f.decode(key, msg, d); err != nil {
-			return err
-		}
-	}
 	f.asked--
-	f.cursor, f.pending, f.readSeq = d.seq, d.pending, d.seq
+	f.pending, f.readSeq = d.pending, d.seq
+	key, ok := f.b.key(f.pattern, msg.Subject)
+	if ok && unreadable(msg) {
+		f.readFromLeader(key, d.seq)
+		return nil
+	}
+	f.cursor = d.seq
 	if ok {
-		f.report(key, rec)
+		f.report(key, decode(msg.Header, msg.Data, d.seq, d.written, f.b.settings.Load().MaxAge))
 	}
 	return nil
 }
 
-// decode makes a record of a message. If the headers cannot be decoded, it reads the
-// key's last record from the leader.
-func (f *feed) decode(key string, msg *nats.Msg, d delivery) (record, error) {
-	if !unreadable(msg) {
-		return decode(msg.Header, msg.Data, d.seq, d.written, f.b.settings.Load().MaxAge), nil
-	}
-	r, err := f.b.leaderRecord(newBudget(f.ctx), key)
-	if err == nil && r.revision < d.seq {
-		err = errStaleLeader // or the message was removed: then it is not delivered again
-	}
-	return r, err
+// readFromLeader reads a message from the leader that cannot be decoded as it was
+// delivered, and reports it. What follows the message is read afterwards.
+func (f *feed) readFromLeader(key string, seq uint64) {
+	f.held = true
+	source := f.source
+	f.b.start(func() {
+		budget := newBudget(f.ctx)
+		msg, err := f.b.leaderMsgAt(budget, seq)
+		if err == nil && msg == nil {
+			err = errStaleLeader // or the message was removed: then it is not delivered again
+			_ = f.b.pause(budget, checkInterval, nil)
+		}
+		f.post(func() {
+			switch {
+			case f.source != source:
+				// It was cut off, and gets the message again.
+			case err != nil:
+				f.cutOff(err.Error())
+			default:
+				f.held, f.cursor = false, seq
+				f.report(key, msg.record(f.b.settings.Load().MaxAge))
+				f.afterReading()
+			}
+		})
+	})
 }
 
 // report pushes the events that a record of a key amounts to, given what was
@@ -543,11 +570,11 @@ func (f *feed) report(key string, r record) {
 	if !f.listed || f.listing {
 		f.touched[key] = r.revision
 	}
-	if r.expired != 0 {
+	if r.deleted && r.expired != 0 {
 		f.reportExpiry(key, t, &r)
 		return
 	}
-	if t != nil && t.ended(&r) {
+	if t != nil && (t.ended(&r) || r.expiry && t.attachment == f.attachments) {
 		// It had expired before this was written.
 		at := t.deadline
 		if at == 0 {
@@ -558,7 +585,7 @@ func (f *feed) report(key string, r record) {
 	}
 	switch {
 	case !r.deleted:
-		f.track(key, &r, false)
+		f.track(key, &r, f.attachments, false)
 		f.push(r.event(key, r.deadline))
 	case t != nil:
 		f.reportDeletion(t, r.revision, r.modified)

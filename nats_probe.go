@@ -15,8 +15,9 @@ type question struct {
 	key string
 	// base is what the feed has of it: a value whose own TTL has passed, or
 	// nothing, if the question is whether the key is gone.
-	base record
-	mark bool // a marker may prove the answer
+	base     record
+	mark     bool // a marker proves the answer
+	markGone bool // a marker is to prove it if the key is gone
 }
 
 // A probeResult is the last sequence that the leader has of a key, 0 if it has
@@ -76,12 +77,10 @@ func (b *bucket) probeSome(budget *retryBudget, e *epoch, questions []question) 
 // something open.
 func (q *question) followUp(answer probeResult) bool {
 	switch {
-	case !q.mark:
-		return false
-	case answer.refused:
-		q.mark = false
-	case answer.known && answer.last == 0 && q.base.revision != 0:
-		q.base = record{} // the server has removed it
+	case q.mark && answer.refused:
+		q.mark, q.markGone = false, false
+	case q.markGone && answer.known && answer.last == 0:
+		q.base, q.mark, q.markGone = record{}, true, false // the server has removed it
 	default:
 		return false
 	}
@@ -138,12 +137,10 @@ func (b *bucket) questionMsg(q *question) *nats.Msg {
 	}
 }
 
-// marksExpiries reports whether questions are asked by markers. They are not where
-// the server writes delete markers itself: these are unconditional, and could
-// remove what is written after ours.
-func (b *bucket) marksExpiries() bool {
-	return b.replicated() && b.settings.Load().MarkerTTL == 0
-}
+// marks reports whether questions may be asked by markers. They may not where the
+// server writes delete markers itself: these are unconditional, and could remove
+// what is written after ours.
+func (b *bucket) marks() bool { return b.settings.Load().MarkerTTL == 0 }
 
 // probed reads the answer to a question.
 func probed(msg *nats.Msg) probeResult {

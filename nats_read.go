@@ -114,9 +114,19 @@ func (b *bucket) leaderRecord(budget *retryBudget, key string) (record, error) {
 // leaderMsg reads the last message on a subject, which may have wildcards. It
 // returns nil if there is none.
 func (b *bucket) leaderMsg(budget *retryBudget, subject string) (*storedMsg, error) {
-	var req = struct {
+	return b.storedMsg(budget, struct {
 		LastFor string `json:"last_by_subj"`
-	}{subject}
+	}{subject})
+}
+
+// leaderMsgAt reads the message of a sequence. It returns nil if there is none.
+func (b *bucket) leaderMsgAt(budget *retryBudget, seq uint64) (*storedMsg, error) {
+	return b.storedMsg(budget, struct {
+		Seq uint64 `json:"seq"`
+	}{seq})
+}
+
+func (b *bucket) storedMsg(budget *retryBudget, req any) (*storedMsg, error) {
 	var answer struct {
 		Message *storedMsg `json:"message"`
 	}

@@ -326,6 +326,30 @@ func TestMarkerWithOddEnd(t *testing.T) {
 	}
 }
 
+// TestOddMessagesAmongOthers: messages whose headers cannot be decoded are reported
+// in their turn, with all that follows them.
+func TestOddMessagesAmongOthers(t *testing.T) {
+	t.Parallel()
+	const rounds, plain = 20, "NATS/1.0\r\n\r\n"
+	srv := startServer(t, nil)
+	proxy := startProxy(t, srv.Addr().String(), distance{rtt: 20 * time.Millisecond})
+	far := openStore(t, NATSStoreConfig{Conn: connect(t, proxy.url()), Bucket: "b", History: 64})
+	events := mustWatch(t, far, "*")
+	raw := dialRaw(t, srv.Addr())
+	for range rounds {
+		require.NotZero(t, raw.store(t, "$KV.b.k", plain, nil))
+		require.NotZero(t, raw.store(t, "$KV.b.k", "NATS/1.0\r\nKV-Operation: DEL\r\nA\n", nil))
+		require.NotZero(t, raw.store(t, "$KV.b.other", plain, nil))
+	}
+	for i := range rounds {
+		for j, want := range []string{"put k", "delete k", "put other"} {
+			ev := receive(t, events)
+			require.Equal(t, want, brief(ev))
+			require.EqualValues(t, 3*i+j+1, ev.Revision)
+		}
+	}
+}
+
 // TestOddLockRecord: a lock whose record is no lease counts as held until the
 // record is gone.
 func TestOddLockRecord(t *testing.T) {

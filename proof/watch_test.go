@@ -166,7 +166,7 @@ func (w *watched) check(l *load, told []*state.KeyValue, kv *state.KeyValue) {
 		if last.Expires.IsZero() || !kv.Modified.Equal(last.Expires) {
 			l.broke("%v: %s: revision %d expired at %v instead of %v", w, kv.Key, kv.Revision, kv.Modified, last.Expires)
 		}
-		w.checkExpiry(l, last)
+		w.checkExpiry(l, last, told)
 	case kv.Revision <= last.Revision:
 		l.broke("%v: %s: deletion %d after %v %d", w, kv.Key, kv.Revision, last.Operation, last.Revision)
 	case w.follow && last.Operation == state.OpDelete:
@@ -176,7 +176,7 @@ func (w *watched) check(l *load, told []*state.KeyValue, kv *state.KeyValue) {
 
 // checkExpiry checks that an entry is reported as expired at its deadline, and
 // that it was not refreshed in time.
-func (w *watched) checkExpiry(l *load, kv *state.KeyValue) {
+func (w *watched) checkExpiry(l *load, kv *state.KeyValue, told []*state.KeyValue) {
 	now := l.now()
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -193,7 +193,11 @@ func (w *watched) checkExpiry(l *load, kv *state.KeyValue) {
 	}
 	for _, next := range l.written[kv.Key] {
 		if was.ret != never && next.call > was.ret && next.ret < was.call+int64(was.ttl) {
-			problem = fmt.Sprintf("was reported as expired, though it was replaced in time by %.20q", next.value)
+			problem = fmt.Sprintf("was reported as expired, though it was replaced in time by %.20q: it was written from %v to %v, and that from %v to %v, it is %v now, and the events were",
+				next.value, time.Duration(was.call), time.Duration(was.ret), time.Duration(next.call), time.Duration(next.ret), time.Duration(now))
+			for _, ev := range told[max(len(told)-5, 0):] {
+				problem += fmt.Sprintf(" %v %d of %v %.20q,", ev.Operation, ev.Revision, ev.Modified, ev.Value)
+			}
 		}
 	}
 	if problem != "" && len(l.broken) < 20 {
