@@ -106,10 +106,7 @@ func (e encoder) encode(m mutation, base record, pre precondition) (header, reco
 	case lasts:
 		state.created, state.replaced = next.created, base.deadline
 	case !m.marker:
-		state.created, state.expired = next.created, base.revision
-		if base.deleted {
-			state.expired = base.expired
-		}
+		state.created, state.expired = next.created, base.expired
 	}
 	switch {
 	case pre == ifUnchanged && e.fixed:

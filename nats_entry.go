@@ -31,8 +31,8 @@ const (
 	//	d=  the deadline of the value that was replaced: if that had passed when
 	//	    this one was written, the key came into being with this one
 	//	t=  the exact TTL, of which Nats-TTL is only the server's part
-	//	x=  the revision that had expired, as its writer found. Of a deletion that
-	//	    is what it replaced, with the deadline d=
+	//	x=  of a deletion: the revision that had expired, with the deadline d=; of
+	//	    a value that replaced such a deletion: the same revision
 	//
 	// in nanoseconds, times since 1970.
 	headerState = "State"
@@ -46,7 +46,7 @@ type record struct {
 	removal  timestamp // when the server removes it; none for 0
 	deleted  bool      // it is a marker; created is then that of what it deleted
 	expiry   bool      // and the server wrote it, in place of what expired
-	expired  uint64    // the revision that had expired, as its writer found; a watch wrote such a deletion
+	expired  uint64    // of a deletion that a watch wrote, or of a value that replaced it: the revision that had expired
 	base     uint64    // the revision that it replaced, if that was a condition
 	aged     bool      // the deadline is that of the bucket's MaxAge
 	op       string    // identifies the write, "" if another client made it

@@ -22,6 +22,9 @@ const (
 	// asks of more at a time when all were answered, and of fewer when one was
 	// not: others may ask about the same keys, and overload the server.
 	firstWindow = 32
+	// maxDoubts is how often, once a second, a feed does not believe a leader that
+	// knows less than it: longer than one that was cut off goes on.
+	maxDoubts = 30
 	// maxOverdue is how long after a deadline a feed that is behind asks about it.
 	maxOverdue = timestamp(400 * time.Millisecond)
 )
@@ -42,7 +45,8 @@ type liveKeys struct {
 	expecting bool // the first listing comes from a Follow
 	listed    bool // there was one
 	listing   bool // there is one under way
-	listedIn  int  // the attachment in which the last one began
+	relist    bool // another one is to follow it
+	listGaps  int  // how many gaps there were when the last one began
 	touched   map[string]uint64
 
 	recentDeletions map[string]reportedDeletion
@@ -62,7 +66,7 @@ func newLiveKeys(follow bool) liveKeys {
 	return liveKeys{
 		alive: make(map[string]*tracked), touched: make(map[string]uint64),
 		recentDeletions: make(map[string]reportedDeletion), unconfirmed: make(map[string]*tracked),
-		expecting: follow, listedIn: 1, listPause: stateLife, floor: math.MaxUint64, window: firstWindow,
+		expecting: follow, listPause: stateLife, floor: math.MaxUint64, window: firstWindow,
 		again: backoff{expiryPause, maxExpiryPause},
 	}
 }
@@ -75,18 +79,17 @@ type tracked struct {
 	removal  timestamp // when the server removes it; none for 0
 	unread   bool      // the revision was listed, and will be delivered
 	aged     bool      // the deadline is that of the bucket's MaxAge, which may be changed
-	// attachment is that of the feed in which it was last seen to exist. It may have
-	// been refreshed between two of them, and have ended since.
-	attachment int
+	doubts   uint8     // how often a leader has known less of it
+	// gaps is how many there were when it was last seen to exist.
+	gaps int
 }
 
-// ended reports whether r, a later record of the key, shows that the value was never
-// refreshed and came to its deadline: r names it as what had expired, or replaced
-// it after that. A record that does neither may have followed a refresh that was
+// ended reports whether r, a later record of the key, shows that the value came to
+// its deadline: r was written on condition that nothing had replaced the value, or
+// it follows a deletion that was. Any other record may follow a refresh that was
 // missed.
 func (t *tracked) ended(r *record) bool {
-	return r.expired == t.revision ||
-		(r.base == t.revision || r.replaced == t.deadline) && t.deadline.passed(r.modified)
+	return r.expired == t.revision || r.base == t.revision && t.deadline.passed(r.modified)
 }
 
 // A reportedDeletion is the last deletion or expiry of a key that was reported: a marker
@@ -97,14 +100,15 @@ type reportedDeletion struct {
 	at      time.Time
 }
 
-// track takes over what a key has become by r, which was seen in an attachment.
-func (f *feed) track(key string, r *record, attachment int, unread bool) {
+// track takes over what a key has become by r, which was seen after so many gaps.
+func (f *feed) track(key string, r *record, gaps int, unread bool) {
 	t := f.alive[key]
 	if t == nil {
 		t = &tracked{expiring: expiring{key: key}}
 		f.alive[key] = t
 	}
-	t.revision, t.created, t.removal, t.unread, t.aged, t.attachment = r.revision, r.created, r.removal, unread, r.aged, attachment
+	t.revision, t.created, t.removal, t.unread, t.aged = r.revision, r.created, r.removal, unread, r.aged
+	t.doubts, t.gaps = 0, gaps
 	f.floor = min(f.floor, r.revision)
 	f.expiries.set(&t.expiring, r.deadline)
 }
@@ -124,9 +128,10 @@ func (f *feed) reportDeletion(t *tracked, revision uint64, at timestamp) {
 // list finds out what exists.
 func (f *feed) list() {
 	if f.listing {
+		f.relist = true
 		return
 	}
-	f.listing, f.listedIn, f.changed, f.shrunk = true, f.attachments, false, false
+	f.listing, f.relist, f.listGaps, f.changed, f.shrunk = true, false, f.gaps, false, false
 	if f.listed {
 		f.touched = make(map[string]uint64)
 	}
@@ -146,6 +151,10 @@ func (f *feed) endListing(l listing, err error) {
 		f.merge(l)
 	case f.source != nil:
 		f.later(time.Second, f.list)
+		return
+	}
+	if f.relist {
+		f.list()
 	}
 }
 
@@ -156,6 +165,7 @@ func (f *feed) firstListing(l listing, err error) {
 		switch {
 		case !f.expecting:
 		case err == nil && !f.listed && !f.listing:
+			f.listGaps = 0
 			f.merge(l)
 		case !f.created.IsZero() && !f.listed:
 			f.list()
@@ -185,10 +195,10 @@ func (f *feed) merge(l listing) {
 		t := f.alive[r.key]
 		switch {
 		case t != nil && t.revision == r.revision:
-			t.attachment = max(t.attachment, f.listedIn)
+			t.gaps = max(t.gaps, f.listGaps)
 		case r.deleted, f.touched[r.key] >= r.revision, t != nil && t.revision > r.revision, r.deadline.passed(over):
 		default:
-			f.track(r.key, &r.record, f.listedIn, r.revision > f.cursor)
+			f.track(r.key, &r.record, f.listGaps, r.revision > f.cursor)
 		}
 	}
 	f.listed, f.listing, f.lastList = true, false, time.Now()
@@ -303,21 +313,20 @@ func (f *feed) probe(keys []*tracked, over bool, then func([]finding)) {
 }
 
 // question returns what to ask about a key that is over or seems to be gone. A marker
-// must prove the answer where the server's word is not enough: it may not lead any
-// more, or the feed may have missed a refresh that has gone, too.
+// must prove the answer where a server's word is not enough: one of several may be
+// cut off, and after a gap a refresh may have been missed that is gone, too.
 func (f *feed) question(t *tracked, over bool) question {
 	replicated := f.b.replicated()
-	prove := f.b.marks() && (replicated || t.attachment != f.attachments)
+	missed := t.gaps != f.gaps
+	prove := f.b.marks() && (replicated || missed)
 	q := question{key: t.key}
 	if !over || t.unread {
 		q.mark = prove // whether it is gone
 		return q
 	}
 	q.base = record{entry: entry{revision: t.revision}, deadline: t.deadline, removal: t.removal}
-	if replicated && t.aged {
-		return q // no marker takes the place of what may live on
-	}
-	q.mark, q.markGone = prove && replicated, prove
+	q.mark = prove && replicated && !t.aged // no marker takes the place of what may live on
+	q.markGone = q.mark || prove && missed
 	return q
 }
 
@@ -340,6 +349,11 @@ func (f *feed) expired(findings []finding) {
 			unsettled = true
 		case found.last > t.revision:
 			// It was replaced, in time or not: what is on its way here decides.
+			f.unconfirmed[t.key] = t
+		case found.last != 0 && found.last < t.revision && f.b.replicated() && t.doubts < maxDoubts:
+			// A leader that was cut off is back, and does not know it yet. Or an older
+			// revision has come back.
+			t.doubts++
 			f.unconfirmed[t.key] = t
 		default:
 			f.reportDeletion(t, t.revision, t.deadline)

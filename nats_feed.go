@@ -79,13 +79,17 @@ func newFeed(b *bucket, p pattern, maxCut time.Duration, follow bool) *feed {
 
 // An attachment is a feed's connection to the stream.
 type attachment struct {
-	attachments int       // how many there have been
-	source      *consumer // nil while it is cut off
-	held        bool      // what it delivers is not read: a message is being read from the leader
-	epoch       *epoch    // of the connection that the source is on
-	asked       int       // messages that the server may still send
-	created     time.Time // the stream's, which distinguishes it from another of its name; never changed once the feed is ready
-	openedAt    timestamp // by the server's clock
+	source   *consumer // nil while it is cut off
+	held     bool      // what it delivers is not read: a message is being read from the leader
+	epoch    *epoch    // of the connection that the source is on
+	asked    int       // messages that the server may still send
+	created  time.Time // the stream's, which distinguishes it from another of its name; never changed once the feed is ready
+	openedAt timestamp // by the server's clock
+
+	// gaps is how often the server may have had no request for a while, so that the
+	// feed missed what came and went meanwhile.
+	gaps int
+	dry  bool // it has none now: all that was asked for has come
 
 	cursor  uint64 // the last sequence that was dealt with
 	pending uint64 // how many messages there were behind it
@@ -292,7 +296,9 @@ func (f *feed) tryToConnect(budget *retryBudget, first bool, cursor uint64, crea
 // attached takes over a new connection, or decides what to do without.
 func (f *feed) attached(a newSource, err error) {
 	if err == nil {
-		f.attachments++
+		if !f.created.IsZero() {
+			f.gaps++
+		}
 		f.source, f.epoch, f.asked, f.pending = a.source, a.epoch, 0, 0
 		f.goalSeq, f.goalSeqSince = 0, time.Now()
 		f.noteContact()
@@ -503,6 +509,10 @@ func (f *feed) accept(msg *nats.Msg) error {
 	if st.code == "0" {
 		return nil
 	}
+	if f.dry || time.Since(f.lastContact) > maxSilence {
+		f.dry = false
+		f.gaps++
+	}
 	f.noteContact()
 	switch {
 	case st.code == "":
@@ -520,6 +530,7 @@ func (f *feed) accept(msg *nats.Msg) error {
 	}
 	f.b.clock.observe(d.written)
 	f.asked--
+	f.dry = f.asked <= 0
 	f.pending, f.readSeq = d.pending, d.seq
 	key, ok := f.b.key(f.pattern, msg.Subject)
 	if ok && unreadable(msg) {
@@ -533,16 +544,15 @@ func (f *feed) accept(msg *nats.Msg) error {
 	return nil
 }
 
-// readFromLeader reads a message from the leader that cannot be decoded as it was
-// delivered, and reports it. What follows the message is read afterwards.
+// readFromLeader reads a message from the leader because its headers could not be
+// decoded, and reports it. What follows the message is read afterwards.
 func (f *feed) readFromLeader(key string, seq uint64) {
 	f.held = true
 	source := f.source
 	f.b.start(func() {
 		budget := newBudget(f.ctx)
-		msg, err := f.b.leaderMsgAt(budget, seq)
-		if err == nil && msg == nil {
-			err = errStaleLeader // or the message was removed: then it is not delivered again
+		msg, err := f.b.storedAt(budget, key, seq)
+		if err != nil {
 			_ = f.b.pause(budget, checkInterval, nil)
 		}
 		f.post(func() {
@@ -553,7 +563,9 @@ func (f *feed) readFromLeader(key string, seq uint64) {
 				f.cutOff(err.Error())
 			default:
 				f.held, f.cursor = false, seq
-				f.report(key, msg.record(f.b.settings.Load().MaxAge))
+				if msg != nil {
+					f.report(key, msg.record(f.b.settings.Load().MaxAge))
+				}
 				f.afterReading()
 			}
 		})
@@ -574,7 +586,7 @@ func (f *feed) report(key string, r record) {
 		f.reportExpiry(key, t, &r)
 		return
 	}
-	if t != nil && (t.ended(&r) || r.expiry && t.attachment == f.attachments) {
+	if t != nil && (t.ended(&r) || r.expiry && t.gaps == f.gaps) {
 		// It had expired before this was written.
 		at := t.deadline
 		if at == 0 {
@@ -585,7 +597,7 @@ func (f *feed) report(key string, r record) {
 	}
 	switch {
 	case !r.deleted:
-		f.track(key, &r, f.attachments, false)
+		f.track(key, &r, f.gaps, false)
 		f.push(r.event(key, r.deadline))
 	case t != nil:
 		f.reportDeletion(t, r.revision, r.modified)
@@ -670,6 +682,9 @@ func (f *feed) measureProgress(source *consumer) (at target, err error) {
 
 // reachTargets marks the progress that has been made.
 func (f *feed) reachTargets() {
+	if f.held {
+		return
+	}
 	f.targets = slices.DeleteFunc(f.targets, func(at target) bool {
 		if at.source != f.source {
 			return true

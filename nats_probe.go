@@ -34,14 +34,13 @@ const probeWindow = 256
 
 // probe asks the leader for the last sequences of keys.
 //
-// On one server it asks by writes that cannot be stored. The refusal names the
-// sequence, or says that a write to the key is under way, which no read shows.
-// Such a probe costs the leader a look at its index.
+// It asks by writes that cannot be stored. The refusal names the sequence, or says
+// that a write to the key is under way, which no read shows. Such a probe costs the
+// leader a look at its index.
 //
-// On several servers one that does not lead any more may answer, until it notices.
-// So the write is a marker that takes the place of what has ended, and is stored
-// if that is still the last record. A majority has to accept it, and no refresh can
-// follow it.
+// Where that is not enough the write is a marker that takes the place of what has
+// ended, and is stored if that is still the last record. A majority has to accept
+// it, and no refresh can follow it.
 //
 // The epoch is that in which the feed was attached: the bucket is still the same.
 func (b *bucket) probe(budget *retryBudget, e *epoch, questions []question) []probeResult {

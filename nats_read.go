@@ -119,11 +119,20 @@ func (b *bucket) leaderMsg(budget *retryBudget, subject string) (*storedMsg, err
 	}{subject})
 }
 
-// leaderMsgAt reads the message of a sequence. It returns nil if there is none.
-func (b *bucket) leaderMsgAt(budget *retryBudget, seq uint64) (*storedMsg, error) {
-	return b.storedMsg(budget, struct {
+// storedAt reads the message of a key and a sequence from the leader. It returns nil
+// if the key has a later one instead.
+func (b *bucket) storedAt(budget *retryBudget, key string, seq uint64) (*storedMsg, error) {
+	msg, err := b.storedMsg(budget, struct {
 		Seq uint64 `json:"seq"`
 	}{seq})
+	if err != nil || msg != nil && msg.Subject == b.prefix+key {
+		return msg, err
+	}
+	last, err := b.leaderMsg(budget, b.prefix+key)
+	if err == nil && (last == nil || last.Seq <= seq) {
+		err = errStaleLeader // or the message was removed
+	}
+	return nil, err
 }
 
 func (b *bucket) storedMsg(budget *retryBudget, req any) (*storedMsg, error) {

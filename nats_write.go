@@ -33,19 +33,24 @@ var errMoved = errors.New("the key was written by somebody else")
 // however many others write it: usually one, conditional on the record that
 // this client knows, so that what it carries of that record is right. Where
 // others write the key, too, it reads the key first and then writes without a
-// condition, because conditional writes starve beside faster ones.
-func (b *bucket) put(budget *retryBudget, m mutation) (record, error) {
+// condition, because conditional writes starve beside faster ones. It takes four
+// requests if the key has to be read because it is about to expire, and it does.
+func (b *bucket) put(budget *retryBudget, m mutation) (r record, err error) {
 	contested := b.cache.begin(m.key)
 	defer b.cache.end(m.key)
-	if base := b.known(m.key); !contested && b.certain(base) {
-		r, err := b.commit(budget, m, base, ifUnchanged)
-		if err != errMoved {
-			return r, err
+	base := b.known(m.key)
+	if contested || !b.certain(base) {
+		if base, err = b.contended(budget, m.key); err != nil {
+			return record{}, err
 		}
 	}
-	base, err := b.contended(budget, m.key)
-	if err != nil {
-		return record{}, err
+	if !contested {
+		if r, err = b.commit(budget, m, base, ifUnchanged); err != errMoved {
+			return r, err
+		}
+		if base, err = b.contended(budget, m.key); err != nil {
+			return record{}, err
+		}
 	}
 	return b.commit(budget, m, base, always)
 }
@@ -185,7 +190,7 @@ func (b *bucket) contended(budget *retryBudget, key string) (record, error) {
 		return record{}, err
 	}
 	b.cache.learn(key, r)
-	b.cache.contest(key, r.revision != 0 && !b.own(r.op))
+	b.cache.contest(key, r.revision != 0 && !b.own(r.op) && !(r.deleted && r.expired != 0))
 	return r, nil
 }
 

@@ -57,7 +57,7 @@ var suite = map[string]string{
 	"odd-ends":         ". -run ^TestOddHeaders$|^TestMarkerWithOddEnd$",
 	"marked":           ". -run ^TestExpiryMarkedNearTheOpening$",
 	"missed":           ". -run ^TestExpiryOfWhatWasMissed$",
-	"listed":           ". -run ^TestExpiryOfWhatIsListed$",
+	"majority":         ". -run ^TestExpiryNeedsAMajority$",
 	"on-replicas":      ". -run ^TestExpiriesOnReplicas$",
 	"near-its-opening": ". -run ^TestWatchReportsExpiryNearItsOpening$",
 	"flapping":         ". -run ^TestFlappingConnectionLeavesNoConsumers$",
@@ -176,7 +176,7 @@ var mutations = []mutation{
 
 	// Writes.
 	{"put-loops", []edit{
-		{"	base, err := b.contended(budget, m.key)\n	if err != nil {\n		return record{}, err\n	}\n	return b.commit(budget, m, base, always)\n", "	for {\n		base, err := b.contended(budget, m.key)\n		if err != nil {\n			return record{}, err\n		}\n		if r, err := b.commit(budget, m, base, ifUnchanged); err != errMoved || !b.wait(budget) {\n			return r, err\n		}\n	}\n"},
+		{"	return b.commit(budget, m, base, always)\n", "	for {\n		if base, err = b.contended(budget, m.key); err != nil {\n			return record{}, err\n		}\n		if r, err = b.commit(budget, m, base, ifUnchanged); err != errMoved || !b.wait(budget) {\n			return r, err\n		}\n	}\n"},
 	}, []string{"starve"}},
 	{"publishes-while-disconnected", []edit{
 		{"		case nats.CONNECTED:\n			if e.status == nats.CONNECTED || late {", "		case nats.CONNECTED, nats.RECONNECTING:\n			if true {"},
@@ -223,11 +223,12 @@ var mutations = []mutation{
 	{"unreadable-to-a-watch", []edit{{"	if ok && unreadable(msg) {", "	if false {"}}, []string{"odd-ends"}},
 	{"unreadable-to-a-list", []edit{{"	if unreadable(msg) || l.headersOnly", "	if l.headersOnly"}}, []string{"odd-ends"}},
 	{"expiry-of-what-was-replaced", []edit{{"	if r.deleted && r.expired != 0 {\n", "	if false {\n"}}, []string{"missed", "marked"}},
-	{"expiry-of-what-was-missed", []edit{{"(r.base == t.revision || r.replaced == t.deadline) && t.deadline", "t.deadline"}}, []string{"missed"}},
-	{"expiry-after-a-cut", []edit{{"(replicated || t.attachment != f.attachments)", "replicated"}}, []string{"missed"}},
-	{"expiry-of-what-is-listed", []edit{{"		q.mark = prove // whether it is gone\n", "		q.mark = prove && !over\n"}}, []string{"listed"}},
-	{"expiry-without-a-majority", []edit{{"(replicated || t.attachment != f.attachments)", "(t.attachment != f.attachments)"}}, []string{"on-replicas"}},
-	{"expiry-over-what-may-live-on", []edit{{"	if replicated && t.aged {", "	if false {"}}, []string{"on-replicas"}},
+	{"expiry-of-what-was-missed", []edit{{"r.base == t.revision && t.deadline", "t.deadline"}}, []string{"missed"}},
+	{"expiry-after-a-cut", []edit{{"(replicated || missed)", "replicated"}}, []string{"missed"}},
+	{"expiry-of-what-is-listed", []edit{{"		q.mark = prove // whether it is gone\n", "		q.mark = prove && !over\n"}}, []string{"majority"}},
+	{"expiry-on-the-word-of-an-old-leader", []edit{{"	maxDoubts = 30\n", "	maxDoubts = 0\n"}}, []string{"majority"}},
+	{"expiry-without-a-majority", []edit{{"(replicated || missed)", "missed"}}, []string{"on-replicas"}},
+	{"expiry-over-what-may-live-on", []edit{{"	q.mark = prove && replicated && !t.aged", "	q.mark = prove && replicated"}}, []string{"on-replicas"}},
 	{"expiry-beside-markers", []edit{{"{ return b.settings.Load().MarkerTTL == 0 }", "{ return true }"}}, []string{"on-replicas"}},
 	{"expiry-in-a-full-bucket", []edit{{"	case q.mark && answer.refused:\n		q.mark, q.markGone = false, false\n", "	case answer.refused:\n		return false\n"}}, []string{"on-replicas"}},
 	{"expiry-twice-after-a-listing", []edit{{"		over = l.now // what expired before was tracked: it was reported, or will be\n", ""}}, []string{"load one-server-restarts"}},
