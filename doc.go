@@ -97,8 +97,8 @@
 // last state of every key. A MemoryStore skips states only for a slow reader. A
 // NATS bucket with a History of 1 does not keep replaced values, so a NATSStore
 // may also skip a state that was replaced within milliseconds, or while the watch
-// was cut off. When a watch is back and does not know whether a key that is gone
-// was refreshed before it expired, it reports a deletion.
+// was cut off. If a watch does not know whether a key that is gone was refreshed
+// before it expired, it reports a deletion.
 //
 // Events of one key come in the order of their revisions, without duplicates.
 // The channel has no buffer, but up to 1024 events wait behind it, in order. A

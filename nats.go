@@ -112,11 +112,11 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // seconds, or for as long as what it replaces. On one replica a watch that was cut
 // off does the same about a key that was gone when it came back.
 //
-// A watch writes no deletion if the bucket is full, if the bucket has delete
-// markers, if the bucket's own TTL ends a key of several replicas, or if an older
-// revision comes back because another client wrote the one that expired. Then it
-// may report an expiry that only a leader that was cut off confirms, or that of a
-// value whose refresh it missed while it was cut off itself.
+// There are exceptions: if the bucket is full, has delete markers or has a TTL of
+// its own, and if an older revision comes back because another client wrote the one
+// that expired. Then a watch may report an expiry that only a leader that was cut
+// off confirms, or that of a value whose refresh the watch missed while it was cut
+// off itself.
 //
 // An acknowledgement means that a majority of the replicas has the change. The
 // servers' sync_interval says when they sync it to the disk.
@@ -283,7 +283,8 @@ func (s *NATSStore) get(key string) (record, error) {
 
 // Put implements [StateStore]. It costs one request if the key is new or this
 // store wrote it last, two if others write it, too, and three when the store
-// finds that out. It costs four if the last value expires meanwhile.
+// finds that out. It costs four if the last value is about to expire and
+// somebody replaces it meanwhile.
 func (s *NATSStore) Put(key string, value []byte, ttl time.Duration) error {
 	ctx, m, err := s.beginPut("put", key, value, ttl)
 	if err != nil {

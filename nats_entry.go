@@ -31,8 +31,8 @@ const (
 	//	d=  the deadline of the value that was replaced: if that had passed when
 	//	    this one was written, the key came into being with this one
 	//	t=  the exact TTL, of which Nats-TTL is only the server's part
-	//	x=  of a deletion: the revision that had expired, with the deadline d=; of
-	//	    a value that replaced such a deletion: the same revision
+	//	x=  of a deletion: the revision that had expired, with the deadline d=; a
+	//	    value that follows it has it, too
 	//
 	// in nanoseconds, times since 1970.
 	headerState = "State"

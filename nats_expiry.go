@@ -80,9 +80,12 @@ type tracked struct {
 	unread   bool      // the revision was listed, and will be delivered
 	aged     bool      // the deadline is that of the bucket's MaxAge, which may be changed
 	doubts   uint8     // how often a leader has known less of it
-	// gaps is how many there were when it was last seen to exist.
+	// gaps is how many there were when it was last seen to exist, or replaced.
 	gaps int
 }
+
+// replaced, as a number of gaps, says that the leader had a later record of the key.
+const replaced = -1
 
 // ended reports whether r, a later record of the key, shows that the value came to
 // its deadline: r was written on condition that nothing had replaced the value, or
@@ -167,7 +170,7 @@ func (f *feed) firstListing(l listing, err error) {
 		case err == nil && !f.listed && !f.listing:
 			f.listGaps = 0
 			f.merge(l)
-		case !f.created.IsZero() && !f.listed:
+		case !f.created.IsZero() && !f.listed && !f.listing:
 			f.list()
 		}
 		f.expecting = false
@@ -195,7 +198,9 @@ func (f *feed) merge(l listing) {
 		t := f.alive[r.key]
 		switch {
 		case t != nil && t.revision == r.revision:
-			t.gaps = max(t.gaps, f.listGaps)
+			if t.gaps != replaced {
+				t.gaps = max(t.gaps, f.listGaps)
+			}
 		case r.deleted, f.touched[r.key] >= r.revision, t != nil && t.revision > r.revision, r.deadline.passed(over):
 		default:
 			f.track(r.key, &r.record, f.listGaps, r.revision > f.cursor)
@@ -288,6 +293,7 @@ func (f *feed) due(now timestamp, most int) []*tracked {
 type finding struct {
 	t        *tracked
 	revision uint64 // that the key had for the feed when it was asked
+	gaps     int    // that the feed had then
 	probeResult
 }
 
@@ -296,7 +302,7 @@ type finding struct {
 func (f *feed) probe(keys []*tracked, over bool, then func([]finding)) {
 	findings, questions := make([]finding, len(keys)), make([]question, len(keys))
 	for i, t := range keys {
-		findings[i] = finding{t: t, revision: t.revision}
+		findings[i] = finding{t: t, revision: t.revision, gaps: f.gaps}
 		questions[i] = f.question(t, over)
 	}
 	if len(keys) == 0 {
@@ -342,14 +348,15 @@ func (f *feed) expired(findings []finding) {
 		case found.underWay && f.b.replicated() && f.b.marks():
 			// Maybe the marker of another store.
 			f.unconfirmed[t.key] = t
-		case !found.known, t.unread && found.last == t.revision:
+		case !found.known, t.unread && found.last == t.revision, found.last == 0 && found.gaps != f.gaps:
 			// A write is under way, nobody leads, the value has not been delivered
-			// yet, or the server is overloaded. Ask again.
+			// yet, the server is overloaded, or there was a gap. Ask again.
 			f.expiries.set(&t.expiring, t.deadline)
 			unsettled = true
 		case found.last > t.revision:
 			// It was replaced, in time or not: what is on its way here decides.
 			f.unconfirmed[t.key] = t
+			t.gaps = replaced
 		case found.last != 0 && found.last < t.revision && f.b.replicated() && t.doubts < maxDoubts:
 			// A leader that was cut off is back, and does not know it yet. Or an older
 			// revision has come back.
@@ -393,8 +400,11 @@ func (f *feed) applyVerified(findings []finding) (removed bool) {
 		switch {
 		case f.alive[t.key] != t || t.revision != found.revision:
 			// It was refreshed, or is gone, as has been reported.
-		case !found.known, found.last > t.revision:
+		case !found.known, found.last == 0 && found.gaps != f.gaps:
 			f.unconfirmed[t.key] = t
+		case found.last > t.revision:
+			f.unconfirmed[t.key] = t
+			t.gaps = replaced
 		case found.last == 0:
 			f.reportDeletion(t, t.revision, f.removedAt(t))
 			removed = true

@@ -22,6 +22,8 @@ const (
 	heartbeat   = time.Second
 	maxSilence  = 2*heartbeat + 200*time.Millisecond
 	pullExpires = 30 * time.Second
+	// shortestLife is how long the server keeps a message at the least.
+	shortestLife = time.Second
 	// watchLife is how long a server keeps the consumer of a feed that went
 	// away without a word.
 	watchLife = 10 * time.Second
@@ -86,10 +88,11 @@ type attachment struct {
 	created  time.Time // the stream's, which distinguishes it from another of its name; never changed once the feed is ready
 	openedAt timestamp // by the server's clock
 
-	// gaps is how often the server may have had no request for a while, so that the
-	// feed missed what came and went meanwhile.
-	gaps int
-	dry  bool // it has none now: all that was asked for has come
+	// gaps is how often the server may have had no request for so long that something
+	// came and went meanwhile.
+	gaps     int
+	pulledAt time.Time // when the last request was sent
+	idle     time.Time // since when the server may have had none; zero if it has one
 
 	cursor  uint64 // the last sequence that was dealt with
 	pending uint64 // how many messages there were behind it
@@ -299,7 +302,7 @@ func (f *feed) attached(a newSource, err error) {
 		if !f.created.IsZero() {
 			f.gaps++
 		}
-		f.source, f.epoch, f.asked, f.pending = a.source, a.epoch, 0, 0
+		f.source, f.epoch, f.asked, f.pending, f.idle = a.source, a.epoch, 0, 0, time.Time{}
 		f.goalSeq, f.goalSeqSince = 0, time.Now()
 		f.noteContact()
 		err = f.pull()
@@ -397,6 +400,7 @@ func (f *feed) pull() error {
 	if f.asked > watchBatch/2 {
 		return nil
 	}
+	f.pulledAt = time.Now()
 	n, err := f.source.pull(pullRequest{Batch: watchBatch - f.asked, Expires: pullExpires, Heartbeat: heartbeat})
 	f.asked += n
 	return err
@@ -509,10 +513,10 @@ func (f *feed) accept(msg *nats.Msg) error {
 	if st.code == "0" {
 		return nil
 	}
-	if f.dry || time.Since(f.lastContact) > maxSilence {
-		f.dry = false
+	if !f.idle.IsZero() && time.Since(f.idle) > shortestLife {
 		f.gaps++
 	}
+	f.idle = time.Time{}
 	f.noteContact()
 	switch {
 	case st.code == "":
@@ -520,17 +524,19 @@ func (f *feed) accept(msg *nats.Msg) error {
 		f.pending, f.readSeq = 0, max(f.readSeq, st.seq)
 		return nil
 	case st.code == "smaller":
-		f.asked = 0
+		f.used(f.asked, f.pulledAt)
+		return nil
+	case st.code == "408":
+		f.used(st.unsent, f.pulledAt.Add(pullExpires))
 		return nil
 	case st.ended:
-		f.asked -= min(st.unsent, f.asked)
+		f.used(st.unsent, f.pulledAt)
 		return nil
 	default:
 		return fmt.Errorf("status %s", st.code)
 	}
 	f.b.clock.observe(d.written)
-	f.asked--
-	f.dry = f.asked <= 0
+	f.used(1, f.pulledAt)
 	f.pending, f.readSeq = d.pending, d.seq
 	key, ok := f.b.key(f.pattern, msg.Subject)
 	if ok && unreadable(msg) {
@@ -542,6 +548,14 @@ func (f *feed) accept(msg *nats.Msg) error {
 		f.report(key, decode(msg.Header, msg.Data, d.seq, d.written, f.b.settings.Load().MaxAge))
 	}
 	return nil
+}
+
+// used notes that the server has used up some of what it was asked for, not before a
+// time.
+func (f *feed) used(n int, since time.Time) {
+	if f.asked -= min(n, f.asked); f.asked == 0 {
+		f.idle = since
+	}
 }
 
 // readFromLeader reads a message from the leader because its headers could not be
@@ -586,7 +600,7 @@ func (f *feed) report(key string, r record) {
 		f.reportExpiry(key, t, &r)
 		return
 	}
-	if t != nil && (t.ended(&r) || r.expiry && t.gaps == f.gaps) {
+	if t != nil && (t.ended(&r) || r.expiry) {
 		// It had expired before this was written.
 		at := t.deadline
 		if at == 0 {

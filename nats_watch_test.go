@@ -568,7 +568,7 @@ func TestExpiryBeforeDelivery(t *testing.T) {
 	alive := make(chan bool, 1)
 	require.True(t, f.post(func() {
 		f.track("k", &record{entry: entry{revision: 9}, deadline: 1}, f.gaps, true)
-		f.expired([]finding{{f.alive["k"], 9, probeResult{last: 9, known: true}}})
+		f.expired([]finding{{f.alive["k"], 9, f.gaps, probeResult{last: 9, known: true}}})
 		alive <- f.alive["k"] != nil
 	}))
 	require.True(t, <-alive)
@@ -817,11 +817,30 @@ func TestExpiryNeedsAMajority(t *testing.T) {
 		require.Equal(t, OpPut, next("k").Operation)
 		require.True(t, f.post(func() {
 			k := f.alive["k"]
-			f.expired([]finding{{k, k.revision, probeResult{last: k.revision - 1, known: true}}})
+			f.expired([]finding{{k, k.revision, f.gaps, probeResult{last: k.revision - 1, known: true}}})
 		}))
 		require.NoError(t, s.Put("k", []byte("refreshed"), time.Hour))
 		require.Equal(t, "refreshed", string(next("k").Value))
 	})
+}
+
+// TestGaps: a feed notices that the server had no request of it for so long that a
+// value may have come and gone.
+func TestGaps(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	f, w, err := s.feeds.join(t.Context(), pattern{wild: true}, true)
+	require.NoError(t, err)
+	defer s.feeds.leave(f, w)
+	gaps := make(chan int)
+	for since, want := range map[time.Duration]int{0: 0, 2 * shortestLife: 1} {
+		require.True(t, f.post(func() { f.used(f.asked, time.Now().Add(-since)) }))
+		require.NoError(t, s.Put("k", nil, 0))
+		eventually(t, func() bool { ev, _, _ := w.next(); return ev != nil }, "an event")
+		require.True(t, f.post(func() { gaps <- f.gaps; f.gaps = 0 }))
+		require.Equal(t, want, <-gaps, since)
+	}
 }
 
 // TestExpiryMarkedNearTheOpening: what another store has marked before a watch has

@@ -34,7 +34,8 @@ var errMoved = errors.New("the key was written by somebody else")
 // this client knows, so that what it carries of that record is right. Where
 // others write the key, too, it reads the key first and then writes without a
 // condition, because conditional writes starve beside faster ones. It takes four
-// requests if the key has to be read because it is about to expire, and it does.
+// requests if the key is about to expire, so that it is read first, and somebody
+// replaces it meanwhile.
 func (b *bucket) put(budget *retryBudget, m mutation) (r record, err error) {
 	contested := b.cache.begin(m.key)
 	defer b.cache.end(m.key)
