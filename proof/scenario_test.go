@@ -121,10 +121,10 @@ func restart(kill bool) func(context.Context, *trouble) {
 		_, number := f.some()
 		f.count()
 		f.load.cut.Store(true)
-		f.tell("stop server %d, kill: %v", number, kill)
+		f.tell("stop server %d, kill: %v; locks are led by %d", number, kill, first(f.leader("KV_proof-locks")))
 		f.nodes[number].stop(kill)
 		sleep(ctx, between(200*time.Millisecond, 3*time.Second))
-		f.tell("start server %d", number)
+		f.tell("start server %d; locks are led by %d", number, first(f.leader("KV_proof-locks")))
 		if err := f.nodes[number].start(); err != nil {
 			f.load.broke("server %d does not start: %v", number, err)
 		}
@@ -362,7 +362,8 @@ func (l *load) explain(t *testing.T, broken []string, f *trouble) {
 	}
 	shown := map[string]bool{}
 	for _, text := range broken {
-		name, _, _ := strings.Cut(strings.TrimPrefix(text, "lock "), ":")
+		name, _, _ := strings.Cut(strings.TrimPrefix(text, "lock "), " ")
+		name = strings.TrimSuffix(name, ":")
 		if ops := l.locks[name]; len(ops) > 0 && !shown[name] && len(shown) < 5 {
 			shown[name] = true
 			t.Logf("lock %s:\n%s", name, script(lockModel, slices.Clone(ops)))

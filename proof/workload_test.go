@@ -527,6 +527,8 @@ func (l *load) askHolder(client int, s state.Store, name string) {
 		l.lock(client, name, lockInput{lockHolder, info.Token}, call, l.now(), false)
 	case err == state.ErrNotFound: //nolint:errorlint // bare
 		l.lock(client, name, lockInput{verb: lockFree}, call, l.now(), false)
+		info, err := s.LockHolder(name) // if that was wrong, it matters for how long
+		l.note(client, "%s had no holder for the one who asked at %.3f; asked again, it has %+v, %v", name, float64(call)/1e9, info, err)
 	default:
 		l.unexpected("lock holder", err)
 		l.refuse()
