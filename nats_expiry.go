@@ -293,7 +293,6 @@ func (f *feed) due(now timestamp, most int) []*tracked {
 type finding struct {
 	t        *tracked
 	revision uint64 // that the key had for the feed when it was asked
-	gaps     int    // that the feed had then
 	probeResult
 }
 
@@ -302,19 +301,26 @@ type finding struct {
 func (f *feed) probe(keys []*tracked, over bool, then func([]finding)) {
 	findings, questions := make([]finding, len(keys)), make([]question, len(keys))
 	for i, t := range keys {
-		findings[i] = finding{t: t, revision: t.revision, gaps: f.gaps}
+		findings[i] = finding{t: t, revision: t.revision}
 		questions[i] = f.question(t, over)
 	}
 	if len(keys) == 0 {
 		then(findings)
 		return
 	}
-	e := f.epoch
+	e, gaps := f.epoch, f.gaps
 	f.b.start(func() {
 		for i, result := range f.b.probe(newBudget(f.ctx), e, questions) {
 			findings[i].probeResult = result
 		}
-		f.post(func() { then(findings) })
+		f.post(func() {
+			for i := range findings {
+				if findings[i].last == 0 && f.gaps != gaps {
+					findings[i].known = false // a refresh may have been missed meanwhile
+				}
+			}
+			then(findings)
+		})
 	})
 }
 
@@ -348,7 +354,7 @@ func (f *feed) expired(findings []finding) {
 		case found.underWay && f.b.replicated() && f.b.marks():
 			// Maybe the marker of another store.
 			f.unconfirmed[t.key] = t
-		case !found.known, t.unread && found.last == t.revision, found.last == 0 && found.gaps != f.gaps:
+		case !found.known, t.unread && found.last == t.revision:
 			// A write is under way, nobody leads, the value has not been delivered
 			// yet, the server is overloaded, or there was a gap. Ask again.
 			f.expiries.set(&t.expiring, t.deadline)
@@ -400,7 +406,7 @@ func (f *feed) applyVerified(findings []finding) (removed bool) {
 		switch {
 		case f.alive[t.key] != t || t.revision != found.revision:
 			// It was refreshed, or is gone, as has been reported.
-		case !found.known, found.last == 0 && found.gaps != f.gaps:
+		case !found.known:
 			f.unconfirmed[t.key] = t
 		case found.last > t.revision:
 			f.unconfirmed[t.key] = t

@@ -530,6 +530,15 @@ func TestThousandWatches(t *testing.T) {
 	assert.Less(t, time.Since(began), 10*time.Second)
 }
 
+// joinFeed has a watch join the feed of all keys, for a test that looks inside.
+func joinFeed(t *testing.T, s *NATSStore) (*feed, *natsWatch) {
+	t.Helper()
+	f, w, err := s.feeds.join(t.Context(), pattern{wild: true}, true)
+	require.NoError(t, err)
+	t.Cleanup(func() { s.feeds.leave(f, w) })
+	return f, w
+}
+
 // TestListingFailsAfterACut: a feed that was cut off and is back, while it still
 // lists what exists, lists again if that fails. Otherwise it would never report the
 // expiry of a key that existed before.
@@ -538,9 +547,7 @@ func TestListingFailsAfterACut(t *testing.T) {
 	srv := startServer(t, nil)
 	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
 	require.NoError(t, s.Put("k", nil, time.Minute))
-	f, w, err := s.feeds.join(context.Background(), pattern{wild: true}, true)
-	require.NoError(t, err)
-	defer s.feeds.leave(f, w)
+	f, _ := joinFeed(t, s)
 	is := func(condition func() bool) func() bool {
 		return func() bool {
 			answer := make(chan bool, 1)
@@ -562,13 +569,11 @@ func TestExpiryBeforeDelivery(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, nil)
 	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
-	f, w, err := s.feeds.join(context.Background(), pattern{wild: true}, true)
-	require.NoError(t, err)
-	defer s.feeds.leave(f, w)
+	f, _ := joinFeed(t, s)
 	alive := make(chan bool, 1)
 	require.True(t, f.post(func() {
 		f.track("k", &record{entry: entry{revision: 9}, deadline: 1}, f.gaps, true)
-		f.expired([]finding{{f.alive["k"], 9, f.gaps, probeResult{last: 9, known: true}}})
+		f.expired([]finding{{f.alive["k"], 9, probeResult{last: 9, known: true}}})
 		alive <- f.alive["k"] != nil
 	}))
 	require.True(t, <-alive)
@@ -787,9 +792,7 @@ func TestExpiryNeedsAMajority(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t)
 	s := openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[0].ClientURL()), Bucket: "b", Replicas: 3})
-	f, w, err := s.feeds.join(t.Context(), pattern{wild: true}, true)
-	require.NoError(t, err)
-	defer s.feeds.leave(f, w)
+	f, w := joinFeed(t, s)
 	require.NoError(t, s.Put("other", nil, 0))
 	last := mustGet(t, s, "other").Revision
 	next := func(key string) (ev *KeyValue) {
@@ -817,7 +820,7 @@ func TestExpiryNeedsAMajority(t *testing.T) {
 		require.Equal(t, OpPut, next("k").Operation)
 		require.True(t, f.post(func() {
 			k := f.alive["k"]
-			f.expired([]finding{{k, k.revision, f.gaps, probeResult{last: k.revision - 1, known: true}}})
+			f.expired([]finding{{k, k.revision, probeResult{last: k.revision - 1, known: true}}})
 		}))
 		require.NoError(t, s.Put("k", []byte("refreshed"), time.Hour))
 		require.Equal(t, "refreshed", string(next("k").Value))
@@ -830,9 +833,7 @@ func TestGaps(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, nil)
 	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
-	f, w, err := s.feeds.join(t.Context(), pattern{wild: true}, true)
-	require.NoError(t, err)
-	defer s.feeds.leave(f, w)
+	f, w := joinFeed(t, s)
 	gaps := make(chan int)
 	for since, want := range map[time.Duration]int{0: 0, 2 * shortestLife: 1} {
 		require.True(t, f.post(func() { f.used(f.asked, time.Now().Add(-since)) }))

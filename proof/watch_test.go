@@ -166,7 +166,7 @@ func (w *watched) check(l *load, told []*state.KeyValue, kv *state.KeyValue) {
 		if last.Expires.IsZero() || !kv.Modified.Equal(last.Expires) {
 			l.broke("%v: %s: revision %d expired at %v instead of %v", w, kv.Key, kv.Revision, kv.Modified, last.Expires)
 		}
-		w.checkExpiry(l, last, told)
+		w.checkExpiry(l, told)
 	case kv.Revision <= last.Revision:
 		l.broke("%v: %s: deletion %d after %v %d", w, kv.Key, kv.Revision, last.Operation, last.Revision)
 	case w.follow && last.Operation == state.OpDelete:
@@ -174,10 +174,10 @@ func (w *watched) check(l *load, told []*state.KeyValue, kv *state.KeyValue) {
 	}
 }
 
-// checkExpiry checks that an entry is reported as expired at its deadline, and
-// that it was not refreshed in time.
-func (w *watched) checkExpiry(l *load, kv *state.KeyValue, told []*state.KeyValue) {
-	now := l.now()
+// checkExpiry checks that the last entry of those told is reported as expired at
+// its deadline, and that it was not refreshed in time.
+func (w *watched) checkExpiry(l *load, told []*state.KeyValue) {
+	now, kv := l.now(), told[len(told)-1]
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	was := l.values[kv.Key][string(kv.Value)]
