@@ -477,21 +477,29 @@ var cacheCases = []conformanceCase{
 		a, b := dial(), dial()
 		require.NoError(t, a.Put("k.1", nil, 0))
 		c := mustCache(t, b, "k.*")
-		now := mustGet(t, a, "k.1").Revision
+		const never = 1_000_000_000_000
 		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 		defer cancel()
-		assert.ErrorIs(t, c.Wait(ctx, now+1_000_000_000_000), context.DeadlineExceeded)
+		assert.ErrorIs(t, c.Wait(ctx, never), context.DeadlineExceeded)
 		waits := make(chan error, 2)
-		go func() { waits <- c.Wait(t.Context(), now+3) }()
+		revision := mustGet(t, a, "k.1").Revision
+		future := revision + 20
+		go func() { waits <- c.Wait(t.Context(), future) }()
 		time.Sleep(10 * time.Millisecond)
-		for range 3 {
-			require.NoError(t, a.Put("k.1", nil, 0))
+		last := revision // of this key, up to the future; others may write, too
+		for revision < future {
+			var err error
+			revision, err = a.Update("k.1", nil, 0, revision)
+			require.NoError(t, err)
+			if revision <= future {
+				last = revision
+			}
 		}
 		require.NoError(t, <-waits)
 		kv, err := c.GetKeyValue("k.1")
 		require.NoError(t, err)
-		assert.GreaterOrEqual(t, kv.Revision, now+3)
-		go func() { waits <- c.Wait(t.Context(), now+1_000_000_000_000) }()
+		assert.GreaterOrEqual(t, kv.Revision, last)
+		go func() { waits <- c.Wait(t.Context(), never) }()
 		time.Sleep(10 * time.Millisecond)
 		require.NoError(t, c.Close())
 		refuses(t, ErrClosed, <-waits)
