@@ -251,7 +251,8 @@ func (s *NATSStore) WithContext(ctx context.Context) Store {
 }
 
 // Get implements [StateStore]. It costs one request, or two if the key does not
-// exist.
+// exist, and up to two more if the value's deadline has passed within the last
+// second.
 func (s *NATSStore) Get(key string) ([]byte, error) {
 	r, err := s.get(key)
 	if err != nil {
@@ -373,12 +374,11 @@ func (s *NATSStore) Entries(pattern string) ([]*KeyValue, error) {
 	if err != nil {
 		return nil, err
 	}
-	budget := newBudget(ctx)
-	l, err := s.data.list(budget, p, true, 0)
+	l, err := s.data.list(newBudget(ctx), p, true, 0)
 	if err != nil {
 		return nil, opError("entries", pattern, err)
 	}
-	return l.entries(s.data, budget), nil
+	return l.entries(), nil
 }
 
 func (s *NATSStore) beginPattern(verb, text string) (context.Context, pattern, error) {
@@ -436,8 +436,7 @@ func (s *NATSStore) follow(ctx context.Context, p pattern) (*source, error) {
 	if err != nil {
 		return nil, err
 	}
-	budget := newBudget(ctx)
-	l, err := s.data.list(budget, p, true, f.startOf(w))
+	l, err := s.data.list(newBudget(ctx), p, true, f.startOf(w))
 	f.firstListing(l, err)
 	if err != nil {
 		s.feeds.leave(f, w)
@@ -445,7 +444,7 @@ func (s *NATSStore) follow(ctx context.Context, p pattern) (*source, error) {
 	}
 	s.data.stats.watches.Add(1)
 	return &source{
-		current: l.entries(s.data, budget),
+		current: l.entries(),
 		sub:     w.subscription,
 		ask:     f.askProgress,
 		stop: func() {
@@ -490,8 +489,11 @@ func (s *NATSStore) awaitLock(ctx context.Context, key string, ttl time.Duration
 	return s.locks.await(ctx, key, ttl)
 }
 
-// LockHolder implements [Store]. It costs one request, and one more while the store
-// has not used the bucket of locks yet.
+// LockHolder implements [Store]. It costs one request, one more while the store
+// has not used the bucket of locks yet, and up to two more if the lease has lapsed
+// within the last second. In a cluster where nothing was ever locked it takes a
+// second: only then is a bucket of locks that is not found taken for one that does
+// not exist.
 func (s *NATSStore) LockHolder(key string) (*LockInfo, error) {
 	ctx, err := s.begin("lock holder", key)
 	if err != nil {

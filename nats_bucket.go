@@ -442,26 +442,26 @@ func (b *bucket) updateStream(budget *retryBudget, info *streamInfo) (*streamInf
 	return b.infoBy(budget, "STREAM.UPDATE", config)
 }
 
-// exists reports whether a record is that of a key that exists now.
+// exists reports whether a record is that of a key that exists, provided that
+// nobody has replaced it: it may have been read before its deadline, and replaced
+// since.
 func (b *bucket) exists(budget *retryBudget, r *record) bool {
 	return r.revision != 0 && !r.deleted && !b.expired(budget, r.deadline)
 }
 
 // expired reports whether a deadline has passed by the server's clock, of which
-// a lower bound is known. Where that does not decide it, is close to the
-// deadline or might be wrong, the server is asked first.
+// a lower bound is known. Where that is not certain, the server is asked.
 func (b *bucket) expired(budget *retryBudget, deadline timestamp) bool {
-	if deadline == 0 {
-		return false
-	}
-	e, _ := b.current()
-	now, uncertainty, age := b.clock.read(e)
-	maybe, surely := deadline.passed(now+uncertainty), deadline.passed(now-decisionMargin)
-	open := !surely && (age > freshSample || !deadline.passed(now))
-	if maybe && (age >= sampleLife || open) {
+	past, certain := b.readClock().past(deadline)
+	if !certain {
 		if info, err := b.info(budget); err == nil {
-			now = timestamp(info.Now.UnixNano())
+			return deadline.passed(timestamp(info.Now.UnixNano()))
 		}
 	}
-	return deadline.passed(now)
+	return past
+}
+
+func (b *bucket) readClock() clockReading {
+	e, _ := b.current()
+	return b.clock.read(e)
 }

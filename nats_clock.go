@@ -77,14 +77,29 @@ func (c *serverClock) now() timestamp {
 	return c.estimate(time.Now())
 }
 
-// read returns the lower bound, by how much the server's clock may be past it,
-// and the age of the sample, which is that of an old one after a reconnect.
-func (c *serverClock) read(e *epoch) (now, uncertainty timestamp, age time.Duration) {
+// A clockReading is what is known of the server's clock at a moment.
+type clockReading struct {
+	now         timestamp     // the lower bound
+	uncertainty timestamp     // by how much the clock may be past it
+	age         time.Duration // of the sample, which is that of an old one after a reconnect
+}
+
+func (c *serverClock) read(e *epoch) clockReading {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	local := time.Now()
-	if age = local.Sub(c.at); c.epoch != e {
+	age := local.Sub(c.at)
+	if c.epoch != e {
 		age = max(age, sampleLife)
 	}
-	return c.estimate(local), c.uncertainty(local), age
+	return clockReading{c.estimate(local), c.uncertainty(local), age}
+}
+
+// past reports whether a deadline has passed, and whether that is certain: it is
+// not where the lower bound does not decide it, is close to the deadline or might
+// be wrong.
+func (c clockReading) past(deadline timestamp) (past, certain bool) {
+	maybe, surely := deadline.passed(c.now+c.uncertainty), deadline.passed(c.now-decisionMargin)
+	open := !surely && (c.age > freshSample || !deadline.passed(c.now))
+	return deadline.passed(c.now), !maybe || c.age < sampleLife && !open
 }

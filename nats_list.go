@@ -46,7 +46,7 @@ type listed struct {
 // began.
 type listing struct {
 	all []listed
-	now timestamp // the server's clock when it began
+	now timestamp // the server's clock when it began, or later where a single key has expired
 }
 
 // has reports whether the listing has a record of the key.
@@ -63,10 +63,13 @@ func (l *listing) has(key string) bool {
 // A leader whose last sequence is lower than since is one that does not lead any more.
 func (b *bucket) list(budget *retryBudget, p pattern, values bool, since uint64) (listing, error) {
 	if !p.wild {
-		r, err := b.leaderLast(budget, p.prefix)
 		l := listing{now: b.clock.now()}
+		r, exists, err := b.lookUp(budget, p.prefix, b.leaderLast)
 		if err == nil && r.revision != 0 {
 			l.all = []listed{{p.prefix, r}}
+		}
+		if !exists {
+			l.now = max(l.now, r.deadline)
 		}
 		return l, err
 	}
@@ -372,11 +375,13 @@ func (c *consumer) next(budget *retryBudget, e *epoch, timer *time.Timer) (*nats
 	return msg, err
 }
 
-// existing yields the records of a listing that exist.
-func (b *bucket) existing(budget *retryBudget, l *listing) iter.Seq[*listed] {
+// existing yields the records of the keys that existed when the listing began, or
+// were written since. A value whose deadline has passed meanwhile may have been
+// replaced in time, after it was read.
+func (l *listing) existing() iter.Seq[*listed] {
 	return func(yield func(*listed) bool) {
 		for i := range l.all {
-			if r := &l.all[i]; !r.deleted && !b.expired(budget, r.deadline) && !yield(r) {
+			if r := &l.all[i]; !r.deleted && !r.deadline.passed(l.now) && !yield(r) {
 				return
 			}
 		}
@@ -390,16 +395,16 @@ func (b *bucket) keys(budget *retryBudget, p pattern) ([]string, error) {
 		return nil, err
 	}
 	keys := make([]string, 0, len(l.all))
-	for r := range b.existing(budget, &l) {
+	for r := range l.existing() {
 		keys = append(keys, r.key)
 	}
 	return keys, nil
 }
 
 // entries returns the entries that exist and match the pattern, sorted by key.
-func (l *listing) entries(b *bucket, budget *retryBudget) []*KeyValue {
+func (l *listing) entries() []*KeyValue {
 	entries := make([]*KeyValue, 0, len(l.all))
-	for r := range b.existing(budget, l) {
+	for r := range l.existing() {
 		entries = append(entries, r.event(r.key, r.deadline))
 	}
 	return entries

@@ -225,28 +225,24 @@ func (r *record) lockInfo(key string) *LockInfo {
 	return info
 }
 
-// holder returns the record of a lock that is held, or else ErrNotFound, with the
-// last record if there is one. Where there is no bucket, nothing was ever locked.
-func (s *natsLocks) holder(budget *retryBudget, key string) (record, error) {
+// holder returns the record of a lock that is held, or else ErrNotFound. Where
+// there is no bucket, nothing was ever locked.
+func (s *natsLocks) holder(budget *retryBudget, key string) (r record, err error) {
+	var held bool
 	b, err := s.bind(budget)
-	if err != nil {
-		return record{}, notFoundIfGone(err)
+	for asked := time.Now(); errors.Is(err, jetstream.ErrBucketNotFound) && s.data.elections() && time.Since(asked) < goneAfter; {
+		// The server that answered may not have heard of it yet.
+		if err = s.data.pause(budget, checkInterval, nil); err == nil {
+			b, err = s.bind(budget)
+		}
 	}
-	r, err := b.leaderLast(budget, key)
-	if err != nil {
-		return record{}, notFoundIfGone(err)
+	if err == nil {
+		r, held, err = b.lookUp(budget, key, b.leaderLast)
 	}
-	if !b.exists(budget, &r) {
-		return r, ErrNotFound
+	if errors.Is(err, jetstream.ErrBucketNotFound) || err == nil && !held {
+		err = ErrNotFound
 	}
-	return r, nil
-}
-
-func notFoundIfGone(err error) error {
-	if errors.Is(err, jetstream.ErrBucketNotFound) {
-		return ErrNotFound
-	}
-	return err
+	return r, err
 }
 
 // write writes the next record of a lease on top of its last one. While it is

@@ -207,16 +207,18 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 func (s *natsLocks) ask(ctx context.Context, q *lockQueue, key string, ttl time.Duration, look, held bool) (*lease, record, error) {
 	var last record
 	if look {
-		asked := time.Now()
-		var err error
-		last, err = s.holder(newBudget(ctx), key)
+		asked, budget := time.Now(), newBudget(ctx)
+		b, err := s.bind(budget)
+		if err == nil {
+			last, err = b.leaderLast(budget, key)
+		}
 		switch {
-		case err == nil:
+		case err == nil && b.exists(budget, &last):
 			return nil, last, ErrLockHeld
-		case held && err == ErrNotFound && q.claimedSince(asked):
+		case err == nil && held && q.claimedSince(asked):
 			return nil, record{}, ErrLockHeld
 		}
-		// It is free, or the attempt says why not.
+		// It seems to be free, or the attempt says why not.
 	}
 	return s.lock(ctx, key, ttl, last)
 }

@@ -146,14 +146,43 @@ func (b *bucket) storedMsg(budget *retryBudget, req any) (*storedMsg, error) {
 	return answer.Message, err
 }
 
+// lookUp returns the last record of a key, as read reads it, and whether the key
+// exists.
+//
+// An answer says what was so when the server gave it. If a value's deadline passes
+// while the answer is on its way, the value may have been replaced in time. So it
+// counts as expired only if its deadline had passed before it was read. Otherwise
+// lookUp reads the key again: what it finds then is the same value, which has
+// expired, or something that was written since it began.
+func (b *bucket) lookUp(budget *retryBudget, key string, read func(*retryBudget, string) (record, error)) (r record, exists bool, err error) {
+	began := b.readClock()
+	if r, err = read(budget, key); err != nil || r.revision == 0 || r.deleted {
+		return r, false, err
+	}
+	if past, certain := began.past(r.deadline); past && certain {
+		return r, false, nil
+	}
+	if !b.expired(budget, r.deadline) {
+		return r, true, nil
+	}
+	first := r.revision
+	r, err = read(budget, key)
+	return r, err == nil && r.revision != 0 && r.revision != first && !r.deleted, err
+}
+
 // entryOf returns the record of a key that exists, or ErrNotFound.
 func (b *bucket) entryOf(budget *retryBudget, key string) (record, error) {
-	r, err := b.last(budget, key)
-	if err != nil {
+	r, exists, err := b.lookUp(budget, key, func(budget *retryBudget, key string) (record, error) {
+		r, err := b.last(budget, key)
+		if err == nil {
+			b.cache.learn(key, r)
+		}
+		return r, err
+	})
+	switch {
+	case err != nil:
 		return record{}, err
-	}
-	b.cache.learn(key, r)
-	if !b.exists(budget, &r) {
+	case !exists:
 		return record{}, ErrNotFound
 	}
 	return r, nil

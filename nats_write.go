@@ -64,8 +64,9 @@ func (b *bucket) remove(budget *retryBudget, m mutation) error {
 	defer b.cache.end(m.key)
 	base, read := b.known(m.key), false
 	if contested || !b.certain(base) || !base.exists(b.clock.now()) {
+		var exists bool
 		var err error
-		if base, err = b.contended(budget, m.key); err != nil || !b.exists(budget, &base) {
+		if base, exists, err = b.lookUp(budget, m.key, b.contended); !exists {
 			return err
 		}
 		read = true
@@ -73,7 +74,8 @@ func (b *bucket) remove(budget *retryBudget, m mutation) error {
 	_, err := b.commit(budget, m, base, ifUnchanged)
 	if err == errMoved {
 		if !read {
-			if base, err = b.contended(budget, m.key); err != nil || !b.exists(budget, &base) {
+			var exists bool
+			if base, exists, err = b.lookUp(budget, m.key, b.contended); !exists {
 				return err
 			}
 		}
@@ -201,9 +203,8 @@ func (b *bucket) certain(r record) bool {
 	if !r.estimated || r.deleted {
 		return true
 	}
-	e, _ := b.current()
-	now, uncertainty, _ := b.clock.read(e)
-	return !r.uncertain && !r.deadline.passed(now+uncertainty+guessMargin)
+	clock := b.readClock()
+	return !r.uncertain && !r.deadline.passed(clock.now+clock.uncertainty+guessMargin)
 }
 
 // commit writes one message to a key whose last record is base. Its errors are
@@ -376,8 +377,8 @@ func (b *bucket) encode(m mutation, base record, pre precondition) (*nats.Msg, r
 	if b.want.locks {
 		e.grace = 0 // nobody watches them
 	}
-	at, _ := b.current()
-	e.now, e.uncertainty, _ = b.clock.read(at)
+	clock := b.readClock()
+	e.now, e.uncertainty = clock.now, clock.uncertainty
 	hdr, next := e.encode(m, base, pre)
 	if s.MaxMsgSize > 0 && !m.marker && hdr.size()+len(m.value) > int(s.MaxMsgSize) {
 		return nil, record{}, ErrValueTooLarge

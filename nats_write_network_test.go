@@ -2,6 +2,7 @@ package state
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -542,4 +543,93 @@ func TestRefusedByALeaderThatWasCutOff(t *testing.T) {
 			refuses(t, ErrConflict, err)
 		})
 	}
+}
+
+// TestRefreshedWhileReading: a value or a lease is read just before its deadline,
+// and replaced in time while the answer is on its way, which arrives after the
+// deadline. The key never stopped existing, so no read misses it.
+func TestRefreshedWhileReading(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		ttl time.Duration // ends while the answer is on its way
+		f   func(far *NATSStore) error
+	}{
+		"get": {300 * time.Millisecond, func(far *NATSStore) error { _, err := far.Get("k"); return err }},
+		"keys of one": {300 * time.Millisecond, func(far *NATSStore) error {
+			keys, err := far.Keys("k")
+			return errors.Join(err, foundIf(len(keys) == 1))
+		}},
+		"keys": {700 * time.Millisecond, func(far *NATSStore) error {
+			keys, err := far.Keys("k*")
+			return errors.Join(err, foundIf(len(keys) == 1))
+		}},
+		"entries": {700 * time.Millisecond, func(far *NATSStore) error {
+			entries, err := far.Entries("k*")
+			return errors.Join(err, foundIf(len(entries) == 1))
+		}},
+		"lock holder": {300 * time.Millisecond, func(far *NATSStore) error { _, err := far.LockHolder("k"); return err }},
+		"delete": {300 * time.Millisecond, func(far *NATSStore) error {
+			err := far.Delete("k")
+			_, left := far.Get("k")
+			return errors.Join(err, foundIf(left == ErrNotFound))
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, nil)
+			near, far, _ := openNearAndFar(t, srv, distance{rtt: 400 * time.Millisecond})
+			watching := connect(t, srv.ClientURL())
+			asked := make(chan struct{}, 100)
+			for _, subject := range []string{"$JS.API.STREAM.MSG.GET.>", "$JS.API.DIRECT.GET.>", "$JS.API.CONSUMER.MSG.NEXT.>"} {
+				_, err := watching.Subscribe(subject, func(*nats.Msg) { asked <- struct{}{} })
+				require.NoError(t, err)
+			}
+			require.NoError(t, watching.Flush())
+			_, err := near.Lock("opens-the-bucket", time.Hour)
+			require.NoError(t, err)
+			_, err = far.LockHolder("opens-the-bucket")
+			require.NoError(t, err)
+			for inTime := 0; inTime < 3; {
+				require.NoError(t, near.Delete("k"))
+				_, err := near.Update("k", nil, c.ttl, 0)
+				require.NoError(t, err)
+				lock, err := near.Lock("k", c.ttl)
+				require.NoError(t, err)
+				created := mustGet(t, near, "k").Created
+				for len(asked) > 0 {
+					<-asked
+				}
+				result := make(chan error, 1)
+				go func() { result <- c.f(far) }()
+				<-asked
+				time.Sleep(20 * time.Millisecond) // it has been answered, or need not have been
+				err = near.Put("k", nil, time.Hour)
+				refreshed := lock.Refresh()
+				kv, getErr := near.GetKeyValue("k")
+				var got error
+				for pending := true; pending; {
+					select {
+					case got = <-result:
+						pending = false
+					case <-time.After(c.ttl / 10):
+						if refreshed == nil {
+							refreshed = lock.Refresh()
+						}
+					}
+				}
+				if err == nil && refreshed == nil && getErr == nil && kv.Created.Equal(created) {
+					inTime++
+					require.NoError(t, got)
+				}
+				_ = lock.Unlock()
+			}
+		})
+	}
+}
+
+func foundIf(ok bool) error {
+	if !ok {
+		return ErrNotFound
+	}
+	return nil
 }

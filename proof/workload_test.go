@@ -125,6 +125,7 @@ func (l *load) run(ctx context.Context, ready func()) error {
 			wg.Go(func() { l.useTTLs(ctx, 100*j+l.keys+l.lockers+i, stores[l.keys+l.lockers+i]) })
 		}
 		wg.Go(func() { l.refreshKey(ctx, 1000+i, stores[l.keys+l.lockers+i]) })
+		wg.Go(func() { l.refreshLate(ctx, 1100+i, stores[l.keys+l.lockers+i], stores[total-3]) })
 	}
 	wg.Go(func() { l.useLists(ctx, total, stores[total-2], stores[total-3]) }) // on a watcher's connection
 	wg.Go(func() { l.useCache(ctx, total+1, stores[total-2], cache) })
@@ -771,6 +772,96 @@ func (l *load) refreshKey(ctx context.Context, client int, s state.Store) {
 	}
 }
 
+// refreshLate writes keys again and again, each time shortly before the deadline,
+// while another client reads them: as long as the writes come in time, no read may
+// miss the key.
+func (l *load) refreshLate(ctx context.Context, client int, s, reader state.Store) {
+	for n := 0; ctx.Err() == nil; n++ {
+		key := fmt.Sprintf("ttl.late.%d.%d", client, n)
+		ttl := 100*time.Millisecond + rand.N(400*time.Millisecond)
+		var revision uint64
+		put := func(i int) (w *write, ok bool) {
+			value := fmt.Sprintf("%d.%d.%d", client, n, i)
+			w = l.write(key, value, ttl)
+			var err error
+			if revision, err = s.Update(key, []byte(value), ttl, revision); err != nil {
+				if err != state.ErrConflict { //nolint:errorlint // bare
+					l.unexpected("update", err)
+				}
+				return w, false
+			}
+			l.acked(w)
+			return w, true
+		}
+		w, ok := put(0)
+		if !ok {
+			l.rest(ctx, 50*time.Millisecond)
+			continue
+		}
+		since, until := w.ret, w.call+int64(ttl) // when the key exists for certain
+		done := make(chan struct{})
+		missed := make(chan []suspect, 1)
+		go func() { missed <- l.readUntil(done, reader, key) }()
+		for i := 1; i < 20 && ctx.Err() == nil; i++ {
+			early := rand.N(ttl / 2)
+			time.Sleep(time.Duration(until-l.now()) - early)
+			next, ok := put(i)
+			if !ok || next.ret >= until {
+				break
+			}
+			l.ttlChecks.Add(1)
+			until = next.call + int64(ttl)
+		}
+		close(done)
+		for _, miss := range <-missed {
+			if miss.call >= since && miss.ret <= until {
+				l.suspectFrom(miss)
+			}
+		}
+	}
+}
+
+// readUntil reads a key, in one way after another, until done is closed. It
+// returns the reads that did not find the key.
+func (l *load) readUntil(done <-chan struct{}, s state.Store, key string) (missed []suspect) {
+	for n := 0; ; n++ {
+		select {
+		case <-done:
+			return missed
+		case <-time.After(5 * l.pace):
+		}
+		call, what, found := l.now(), "Get", false
+		var err error
+		switch n % 4 {
+		case 0:
+			_, err = s.Get(key)
+			found = err == nil
+		case 1:
+			what = "Keys of the key"
+			var keys []string
+			keys, err = s.Keys(key)
+			found = len(keys) > 0
+		case 2:
+			what = "Keys"
+			var keys []string
+			keys, err = s.Keys(key + "*")
+			found = len(keys) > 0
+		case 3:
+			what = "Entries"
+			var entries []*state.KeyValue
+			entries, err = s.Entries(key + "*")
+			found = len(entries) > 0
+		}
+		switch {
+		case err != nil && err != state.ErrNotFound: //nolint:errorlint // bare
+			l.unexpected(what, err)
+		case !found:
+			ret := l.now()
+			missed = append(missed, suspect{call, ret, fmt.Sprintf("%s did not find %s from %.6f to %.6f", what, key, float64(call)/1e9, float64(ret)/1e9)})
+		}
+	}
+}
+
 // useCache has a client write keys of its own, and holds a cache against what
 // was acknowledged.
 func (l *load) useCache(ctx context.Context, client int, s state.Store, cache *state.Cache) {
@@ -896,11 +987,13 @@ func (l *load) useLists(ctx context.Context, client int, writer, reader state.St
 	}
 }
 
-// suspect notes a listing that is not right. Within a window that may be excused.
-func (l *load) suspect(call int64, text string) {
+// suspect notes a read that is not right. Within a window that may be excused.
+func (l *load) suspect(call int64, text string) { l.suspectFrom(suspect{call, l.now(), text}) }
+
+func (l *load) suspectFrom(s suspect) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.suspects = append(l.suspects, suspect{call, l.now(), text})
+	l.suspects = append(l.suspects, s)
 }
 
 type suspect struct {

@@ -38,6 +38,7 @@ var suite = map[string]string{
 	"exclusion":        ". -run ^TestMutualExclusionUnderFaults$",
 	"clock":            ". -run ^TestClockSetBack$",
 	"vague-clock":      ". -run ^TestClockVague$",
+	"read-late":        ". -run ^TestRefreshedWhileReading$",
 	"late-writes":      ". -run ^TestLateWriteUndoesNothing$",
 	"binding":          ". -run ^TestBindLeavesWhatTheOperatorSet$",
 	"unfit-locks":      ". -run ^TestBucketsThatCannotHoldLocks$",
@@ -127,13 +128,15 @@ var mutations = []mutation{
 		{"	return c.base + timestamp(passed-passed/maxDrift)", "	return timestamp(time.Now().Add(-5*time.Second).UnixNano()) + 0*timestamp(passed)"},
 	}, []string{"nats-model", "nats-suite"}},
 	{"a-clock-that-goes-on", []edit{ // as if a server's clock were never set back
-		{"open := !surely && (age > freshSample || !deadline.passed(now))", "open := false"},
-		{"age >= sampleLife || open", "surely && age >= sampleLife || open"},
+		{"open := !surely && (c.age > freshSample || !deadline.passed(c.now))", "open := false"},
+		{"!maybe || c.age < sampleLife && !open", "!maybe || !(surely && c.age >= sampleLife || open)"},
 	}, []string{"clock"}},
 	{"an-estimate-is-good-enough", []edit{
-		{"!surely && (age > freshSample || !deadline.passed(now))", "!surely && age > freshSample"},
+		{"!surely && (c.age > freshSample || !deadline.passed(c.now))", "!surely && c.age > freshSample"},
 	}, []string{"vague-clock"}},
-	{"expired-is-visible", []edit{{"	b.cache.learn(key, r)\n	if !b.exists(budget, &r) {", "	b.cache.learn(key, r)\n	if r.revision == 0 || r.deleted {"}}, []string{"nats-model", "both-model"}},
+	{"expired-is-visible", []edit{{"	case !exists:\n		return record{}, ErrNotFound", "	case !exists && (r.revision == 0 || r.deleted):\n		return record{}, ErrNotFound"}}, []string{"nats-model", "both-model"}},
+	{"a-read-is-judged-late", []edit{{"	first := r.revision\n	r, err = read(budget, key)\n", "	first := r.revision\n	if first != 0 {\n		return r, false, nil\n	}\n	r, err = read(budget, key)\n"}}, []string{"read-late"}},
+	{"a-listing-is-judged-late", []edit{{"	all []listed\n	now timestamp", "	b   *bucket\n	all []listed\n	now timestamp"}, {"		l := listing{now: timestamp(info.Now.UnixNano())}\n", "		l := listing{b: b, now: timestamp(info.Now.UnixNano())}\n"}, {"!r.deadline.passed(l.now) && !yield(r)", "!r.deadline.passed(l.now) && (l.b == nil || !l.b.expired(newBudget(l.b.life), r.deadline)) && !yield(r)"}}, []string{"read-late"}},
 	{"ttl-cut-to-seconds", []edit{
 		{"	return wholeSeconds(t + min(extra, math.MaxInt64-t))\n", "	_, _ = extra, math.MaxInt64\n	return max(t, time.Second).Truncate(time.Second)\n"},
 	}, []string{oneServer}},
@@ -145,7 +148,7 @@ var mutations = []mutation{
 		{"st.created < written && !st.replaced.passed(written)", "st.created < written"},
 	}, []string{"fuzz"}},
 	{"delete-writes-always", []edit{
-		{"err != nil || !b.exists(budget, &base) {\n			return err\n		}\n		read = true", "err != nil {\n			return err\n		}\n		read = true"},
+		{"!exists {\n			return err\n		}\n		read = true", "err != nil && !exists {\n			return err\n		}\n		read = true"},
 	}, []string{"nats-model", "both-model"}},
 
 	// Reads and listings.
@@ -171,7 +174,7 @@ var mutations = []mutation{
 		{"case st.code == \"100\" && l.last < l.upTo:", "case st.code == \"100\" && l.last < l.upTo && false:"},
 	}, []string{three}},
 	{"entries-with-the-deleted", []edit{
-		{"	for r := range b.existing(budget, l) {\n", "	for i := range l.all {\n		r := &l.all[i]\n"},
+		{"	for r := range l.existing() {\n		entries", "	for i := range l.all {\n		r := &l.all[i]\n		entries"},
 	}, []string{oneServer}},
 	{"a-batch-that-is-refused", []edit{{"if most := int(c.b.maxBatch.Load()); most > 0 {", "if most := int(c.b.maxBatch.Load()); most > 1<<30 {"}}, []string{"limits"}},
 
