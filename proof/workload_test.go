@@ -803,7 +803,7 @@ func (l *load) refreshLate(ctx context.Context, client int, s, reader state.Stor
 		missed := make(chan []suspect, 1)
 		go func() { missed <- l.readUntil(done, reader, key) }()
 		for i := 1; i < 20 && ctx.Err() == nil; i++ {
-			early := rand.N(ttl / 2)
+			early := rand.N(ttl/2) >> rand.IntN(4)
 			time.Sleep(time.Duration(until-l.now()) - early)
 			next, ok := put(i)
 			if !ok || next.ret >= until {
@@ -832,8 +832,8 @@ func (l *load) readUntil(done <-chan struct{}, s state.Store, key string) (misse
 		}
 		call, what, found := l.now(), "Get", false
 		var err error
-		switch n % 4 {
-		case 0:
+		switch n % 6 {
+		case 0, 2, 4:
 			_, err = s.Get(key)
 			found = err == nil
 		case 1:
@@ -841,12 +841,12 @@ func (l *load) readUntil(done <-chan struct{}, s state.Store, key string) (misse
 			var keys []string
 			keys, err = s.Keys(key)
 			found = len(keys) > 0
-		case 2:
+		case 3:
 			what = "Keys"
 			var keys []string
 			keys, err = s.Keys(key + "*")
 			found = len(keys) > 0
-		case 3:
+		case 5:
 			what = "Entries"
 			var entries []*state.KeyValue
 			entries, err = s.Entries(key + "*")
