@@ -13,9 +13,9 @@ import (
 //
 // If the watch ends, Follow starts over by itself, compares, and delivers the
 // differences, deletions included. A deletion found in this way has the
-// revision of the last value that was reported, and is dated at that value's
-// deadline or, without one, when it was found. The channel is closed when ctx
-// ends or the store is closed, and for no other reason.
+// revision of the last value that was reported, and the time at which it was found.
+// The channel is closed when ctx ends or the store is closed, and for no other
+// reason.
 //
 // Follow fails with the errors of Entries and Watch. It costs one listing when
 // it starts, and no more than one after an outage. The entries and events are
@@ -158,8 +158,8 @@ func (f *following) open(ctx context.Context) (src *source, err error) {
 		return nil, opError("follow", f.pattern, err)
 	}
 	begun := time.Now()
-	if own, ok := f.store.(follower); ok {
-		if src, err = own.follow(ctx, p); err != nil {
+	if s, ok := own[follower](f.store); ok {
+		if src, err = s.follow(ctx, p); err != nil {
 			return nil, opError("follow", f.pattern, err)
 		}
 	} else if src, err = f.watchAndList(ctx); err != nil {
@@ -360,10 +360,6 @@ func (f *following) reconcile(current []*KeyValue) {
 	})
 	now := time.Now()
 	for _, kv := range gone {
-		at := now
-		if !kv.Expires.IsZero() && kv.Expires.Before(now) {
-			at = kv.Expires
-		}
-		f.sink.apply(&KeyValue{Key: kv.Key, Revision: kv.Revision, Operation: OpDelete, Modified: at})
+		f.sink.apply(&KeyValue{Key: kv.Key, Revision: kv.Revision, Operation: OpDelete, Modified: now})
 	}
 }

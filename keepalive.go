@@ -66,7 +66,7 @@ func KeepAlive(ctx context.Context, store Store, key string, ttl time.Duration, 
 	}
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), deleteTimeout)
 	defer cancel()
-	return k.delete(last, store.WithContext(last))
+	return k.delete(last, store.WithContext(last), ttl)
 }
 
 // A keptKey is the key of a KeepAlive, as far as that knows it.
@@ -77,8 +77,9 @@ type keptKey struct {
 	current uint64
 	known   bool
 	// inDoubt is the value of a write whose fate is not known; nil if there is
-	// none.
-	inDoubt []byte
+	// none. If creating is true, the write would create the key.
+	inDoubt  []byte
+	creating bool
 }
 
 // write writes the key on top of what it is now.
@@ -95,7 +96,7 @@ func (k *keptKey) write(store Store, ttl time.Duration, value func() []byte) err
 	case err == ErrConflict:
 		k.known = false
 	case errors.Is(err, ErrOutcomeUnknown):
-		k.known = false
+		k.known, k.creating = false, k.current == 0
 		k.inDoubt = append([]byte{}, next...)
 	}
 	return err
@@ -124,11 +125,15 @@ func (k *keptKey) read(store Store) error {
 	return nil
 }
 
-// delete deletes the revision that was written last, if it is still there.
-func (k *keptKey) delete(ctx context.Context, store Store) error {
+// delete deletes the revision that was written last, if it is still there. A write
+// in doubt that would create the key is forestalled by one that is not.
+func (k *keptKey) delete(ctx context.Context, store Store, ttl time.Duration) error {
 	retry := backoff{20 * time.Millisecond, time.Second}
-	for {
+	for k.revision != 0 || k.inDoubt != nil {
 		err := k.read(store)
+		if err == nil && k.current == 0 && k.inDoubt != nil && k.creating {
+			err = k.write(store, ttl, func() []byte { return k.inDoubt })
+		}
 		if err == nil {
 			if k.revision == 0 || k.current != k.revision {
 				return nil
@@ -147,4 +152,5 @@ func (k *keptKey) delete(ctx context.Context, store Store) error {
 		}
 		retry.wait(ctx, math.MaxInt64)
 	}
+	return nil
 }

@@ -556,6 +556,8 @@ func (s *MemoryStore) Watch(pattern string) (<-chan *KeyValue, error) {
 	return reader, nil
 }
 
+func (s *MemoryStore) self() StateStore { return s }
+
 // follow implements [follower].
 func (s *MemoryStore) follow(ctx context.Context, p pattern) (*source, error) {
 	d, err := s.bind(ctx).lockFor("follow", p)

@@ -250,6 +250,8 @@ func (s *NATSStore) WithContext(ctx context.Context) Store {
 	return &NATSStore{natsCore: s.natsCore, ctx: ctx}
 }
 
+func (s *NATSStore) self() StateStore { return s }
+
 // Get implements [StateStore]. It costs one request, or two if the key does not
 // exist, and up to two more if the value's deadline has passed within the last
 // second.

@@ -2,6 +2,7 @@ package state
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"testing"
 	"time"
@@ -320,5 +321,27 @@ func TestBucketIsGone(t *testing.T) {
 		entries, err := s.Entries("*")
 		require.NoError(t, err)
 		assert.Len(t, entries, 1)
+	}
+}
+
+// TestCreatedAfterMaxAge: a bucket's own TTL ends a value that was written without
+// one. The next value is a new key, also before the server has removed the last.
+func TestCreatedAfterMaxAge(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	nc := connect(t, srv.ClientURL())
+	js, err := jetstream.New(nc)
+	require.NoError(t, err)
+	_, err = js.CreateKeyValue(t.Context(), jetstream.KeyValueConfig{Bucket: "b", TTL: time.Second})
+	require.NoError(t, err)
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	for i := range 5 {
+		require.NoError(t, s.Put("k", fmt.Append(nil, i), 0))
+		eventually(t, func() bool { _, err := other.Get("k"); return err == ErrNotFound }, "the end of the value")
+		require.NoError(t, s.Put("k", fmt.Append(nil, i), 0))
+		kv := mustGet(t, other, "k")
+		require.True(t, kv.Created.Equal(kv.Modified), "created %v, modified %v", kv.Created, kv.Modified)
+		require.NoError(t, s.Delete("k"))
 	}
 }

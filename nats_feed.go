@@ -36,6 +36,9 @@ const (
 	// refusedFor is how long a feed that is refused tries to attach again
 	// before it ends.
 	refusedFor = 2 * time.Second
+	// staleFor is how long the leader of several servers may not have what a feed
+	// has read already: one that was cut off leads on for up to 20 seconds.
+	staleFor = 30 * time.Second
 )
 
 // A feed follows a pattern of a bucket for all watches of it in a store. One
@@ -101,6 +104,7 @@ type attachment struct {
 	retry         backoff   // the pauses between attempts to attach
 	refusal       time.Time // since when attaching has been refused
 	missing       time.Time // since when the bucket has not been found
+	stale         time.Time // since when the leader has not had what was read here
 	cut           time.Time // since when it is cut off
 	lastContact   time.Time // when something came last
 	lastContactAt timestamp // the same by the server's clock, which no pause of ours stops
@@ -287,7 +291,11 @@ func (f *feed) tryToConnect(budget *retryBudget, first bool, cursor uint64, crea
 	switch {
 	case first:
 		cursor = a.info.State.LastSeq
-	case !created.Equal(a.info.Created) || a.info.State.LastSeq < cursor:
+	case !created.Equal(a.info.Created):
+		return a, errBucketGone
+	case a.info.State.LastSeq < cursor && f.b.replicated():
+		return a, errStaleLeader
+	case a.info.State.LastSeq < cursor:
 		return a, errBucketGone
 	case timestamp(a.info.Now.UnixNano())-lastContactAt > timestamp(maxCut):
 		return a, errCutTooLong
@@ -315,7 +323,7 @@ func (f *feed) attached(a newSource, err error) {
 	if !f.cut.IsZero() {
 		f.b.log.Info("state: a watch is back", "bucket", f.b.name, "pattern", f.pattern.String(), "after", time.Since(f.cut).Round(time.Millisecond))
 	}
-	f.retry.pause, f.refusal, f.missing, f.cut = attachPause, time.Time{}, time.Time{}, time.Time{}
+	f.retry.pause, f.refusal, f.missing, f.stale, f.cut = attachPause, time.Time{}, time.Time{}, time.Time{}, time.Time{}
 	f.looked = a.info.State
 	if f.created.IsZero() {
 		f.created, f.cursor, f.openedAt = a.info.Created, a.info.State.LastSeq, timestamp(a.info.Now.UnixNano())
@@ -352,10 +360,11 @@ func (f *feed) notAttached(err error) {
 		return now.Sub(*at)
 	}
 	gone := since(&f.missing, errors.Is(err, jetstream.ErrBucketNotFound))
+	stale := since(&f.stale, err == errStaleLeader)
 	refused := since(&f.refusal, apiCode(err) != 0 && !passing(err) || errors.Is(err, nats.ErrPermissionViolation))
 	switch {
 	case err == errBucketGone, err == errCutTooLong, f.b.nc.IsClosed(),
-		gone > goneAfter, refused > refusedFor, time.Since(f.lastContact) > f.maxCut:
+		gone > goneAfter, stale > staleFor, refused > refusedFor, time.Since(f.lastContact) > f.maxCut:
 		f.endBecause(err)
 		return
 	}

@@ -62,7 +62,7 @@ func (l *listing) has(key string) bool {
 //
 // A leader whose last sequence is lower than since is one that does not lead any more.
 func (b *bucket) list(budget *retryBudget, p pattern, values bool, since uint64) (listing, error) {
-	if !p.wild {
+	if !p.wild && (since == 0 || !b.replicated()) {
 		l := listing{now: b.clock.now()}
 		r, exists, err := b.lookUp(budget, p.prefix, b.leaderLast)
 		if err == nil && r.revision != 0 {

@@ -367,3 +367,25 @@ func TestListingOfARequestThatGoesOn(t *testing.T) {
 		first.Store(nil)
 	}
 }
+
+// TestListingOfOneKeyIsNotStale: what Follow lists of a single key has everything
+// that came before its watch, whichever leader answers.
+func TestListingOfOneKeyIsNotStale(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[0].ClientURL()), Bucket: "b", Replicas: 3})
+	first, err := s.Update("k", nil, 0, 0)
+	require.NoError(t, err)
+	found := make(chan listing, 1)
+	go func() {
+		l, err := s.data.list(newBudget(t.Context()), pattern{prefix: "k"}, true, first+1)
+		assert.NoError(t, err)
+		found <- l
+	}()
+	time.Sleep(50 * time.Millisecond) // long enough for an answer without it
+	second, err := s.Update("k", nil, 0, first)
+	require.NoError(t, err)
+	l := <-found
+	require.Len(t, l.all, 1)
+	require.Equal(t, second, l.all[0].revision)
+}

@@ -505,6 +505,31 @@ func TestRefreshNearTheEnd(t *testing.T) {
 	}
 }
 
+// TestHoldJoinsARefresh: a refresh of Hold joins one that the work has begun before.
+// The lease counts from that one, and so does what Hold counts on.
+func TestHoldJoinsARefresh(t *testing.T) {
+	t.Parallel()
+	s, p := viaProxy(t, startServer(t, nil).ClientURL(), "b", 1)
+	lock, err := s.Lock("l", time.Minute)
+	require.NoError(t, err)
+	l := lock.(*lease)
+	p.holdAnswers(true)
+	refreshed := make(chan error, 1)
+	go func() { refreshed <- lock.Refresh() }()
+	eventually(t, func() bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return l.refresh != nil
+	}, "a refresh under way")
+	r := &renewer{lock: lock, ttl: time.Minute}
+	go func() { refreshed <- r.refresh() }()
+	time.Sleep(50 * time.Millisecond) // if it has not joined by then, the test shows nothing
+	p.holdAnswers(false)
+	require.NoError(t, <-refreshed)
+	require.NoError(t, <-refreshed)
+	require.False(t, r.until.After(l.validUntil()), "%v after the end", r.until.Sub(l.validUntil()))
+}
+
 // TestRefreshBesideBurners: on a busy machine, too, Refresh reports that a lease
 // has lapsed only when it has. It does not run beside other tests.
 func TestRefreshBesideBurners(t *testing.T) {

@@ -179,6 +179,7 @@ type connection struct {
 
 // newRequester subscribes to the answers and follows the connection's state.
 func newRequester(c connection) (*requester, error) {
+	status := c.nc.StatusChanged() // before the status is read: no change is missed
 	r := &requester{
 		nc: c.nc, api: "$JS.API.", log: c.log,
 		exchanges: make(map[string]*exchange), epoch: newEpoch(c.nc.Status()), pool: sync.Pool{New: newExchange},
@@ -199,10 +200,10 @@ func newRequester(c connection) (*requester, error) {
 	var err error
 	if r.sub, err = r.nc.Subscribe(r.inbox+"*", r.receive); err != nil {
 		r.close()
+		c.nc.RemoveStatusListener(status)
 		return nil, err
 	}
 	_ = r.sub.SetPendingLimits(-1, -1)
-	status := r.nc.StatusChanged()
 	r.active.Go(func() { r.follow(status) })
 	return r, nil
 }

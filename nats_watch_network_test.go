@@ -689,3 +689,42 @@ func TestWatchReportsExpiryNearItsOpening(t *testing.T) {
 		assert.WithinDuration(t, deadlines[key], events[0].Modified, 0, key)
 	}
 }
+
+// TestWatchBehindAStaleLeader: a watch comes back, and the leader of several servers
+// does not have what the watch has read: it was cut off. The watch waits for one that
+// does, and does not take the bucket for another one.
+func TestWatchBehindAStaleLeader(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[0].ClientURL()), Bucket: "b", Replicas: 3})
+	events, err := s.Watch("k.*")
+	require.NoError(t, err)
+	require.NoError(t, s.Put("k.0", nil, 0))
+	require.Equal(t, "put k.0", brief(receive(t, events)))
+	s.feeds.mu.Lock()
+	f := s.feeds.by[pattern{"k.", true}]
+	s.feeds.mu.Unlock()
+	attempted := make(chan struct{})
+	f.post(func() {
+		f.cursor += 3 // as if it had read so much more
+		f.cutOff("a test")
+		close(attempted)
+	})
+	<-attempted
+	eventually(t, func() bool {
+		waits := make(chan bool, 1)
+		f.post(func() { waits <- !f.stale.IsZero() })
+		select {
+		case w := <-waits:
+			return w
+		case <-f.ctx.Done():
+			require.FailNow(t, "the watch has ended")
+			return false
+		}
+	}, "a stale leader")
+	for i := range 4 {
+		require.NoError(t, s.Put(fmt.Sprintf("k.%d", i), nil, 0))
+	}
+	for receive(t, events).Key != "k.3" {
+	}
+}

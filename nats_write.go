@@ -380,6 +380,9 @@ func (b *bucket) encode(m mutation, base record, pre precondition) (*nats.Msg, r
 	clock := b.readClock()
 	e.now, e.uncertainty = clock.now, clock.uncertainty
 	hdr, next := e.encode(m, base, pre)
+	if end := next.modified.deadline(s.MaxAge); !m.marker && next.deadline.outlives(end) {
+		next.deadline = end
+	}
 	if s.MaxMsgSize > 0 && !m.marker && hdr.size()+len(m.value) > int(s.MaxMsgSize) {
 		return nil, record{}, ErrValueTooLarge
 	}

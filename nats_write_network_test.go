@@ -633,3 +633,28 @@ func foundIf(ok bool) error {
 	}
 	return nil
 }
+
+// TestKeepAliveThatEndsAtOnce: the context of a KeepAlive ends while its first write
+// is under way, on several servers. When it has returned nil, the key is not there,
+// and does not appear later.
+func TestKeepAliveThatEndsAtOnce(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[0].ClientURL()), Bucket: "b", Replicas: 3})
+	var keys []string
+	for i := range 400 {
+		key := fmt.Sprintf("k.%d", i)
+		ctx, cancel := context.WithCancel(t.Context())
+		time.AfterFunc(time.Duration(i%80)*10*time.Microsecond, cancel)
+		if KeepAlive(ctx, s, key, time.Hour, func() []byte { return []byte("alive") }) == nil {
+			keys = append(keys, key)
+		}
+	}
+	require.Greater(t, len(keys), 300)
+	require.NoError(t, s.Put("barrier", nil, 0)) // what was written has been stored before
+	left, err := s.Keys("k.*")
+	require.NoError(t, err)
+	for _, key := range keys {
+		require.NotContains(t, left, key)
+	}
+}

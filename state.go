@@ -225,3 +225,15 @@ type Fenced interface {
 	// the lock of this name. It does not change with Refresh.
 	Token() uint64
 }
+
+// self is a method of the stores of this package. A type that embeds one of them
+// has all its methods, too, and may have replaced those that others rely on.
+type self interface{ self() StateStore }
+
+// own returns a store as a T if it is one of this package and implements that.
+func own[T any](store StateStore) (t T, ok bool) {
+	if s, is := store.(self); is && s.self() == store {
+		t, ok = store.(T)
+	}
+	return t, ok
+}

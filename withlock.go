@@ -51,7 +51,7 @@ func Acquire(ctx context.Context, store StateStore, key string, ttl time.Duratio
 // that is not known.
 func acquire(ctx context.Context, store StateStore, key string, ttl time.Duration) (Lock, time.Time, error) {
 	await := func() (Lock, time.Time, error) { return pollLock(ctx, store, key, ttl) }
-	if waiter, ok := store.(lockWaiter); ok {
+	if waiter, ok := own[lockWaiter](store); ok {
 		await = func() (Lock, time.Time, error) {
 			lock, err := waiter.awaitLock(ctx, key, ttl)
 			return lock, validUntil(lock), err
@@ -100,7 +100,7 @@ func pollLock(ctx context.Context, store StateStore, key string, ttl time.Durati
 		} else {
 			lock, err = lockWithin(ctx, full, key, ttl)
 		}
-		if err != nil && held && ctx.Err() != nil {
+		if err != nil && held && ctx.Err() != nil && !errors.Is(err, ErrOutcomeUnknown) {
 			return nil, time.Time{}, ErrLockHeld
 		}
 		if err != ErrLockHeld {
@@ -248,7 +248,10 @@ func (r *renewer) refresh() error {
 	asked := time.Now()
 	err := r.lock.Refresh()
 	if err == nil {
-		r.until = asked.Add(r.ttl)
+		// A Refresh that joins another one has been asked for earlier.
+		if r.until = validUntil(r.lock); r.until.IsZero() {
+			r.until = asked.Add(r.ttl)
+		}
 	}
 	return err
 }

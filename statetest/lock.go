@@ -90,6 +90,7 @@ func (l *lock) Refresh() error {
 	if l.deaf.Load() {
 		c.effect = effect{what: "request lost", lost: true, never: true}
 	}
+	extended := false
 	refresh := func(state.Store) (struct{}, error) {
 		return struct{}{}, l.do(func() error {
 			if c.takeAway {
@@ -108,6 +109,7 @@ func (l *lock) Refresh() error {
 			err := l.below.Refresh()
 			if err == nil {
 				l.writes++
+				extended = true
 			}
 			return err
 		})
@@ -128,7 +130,7 @@ func (l *lock) Refresh() error {
 			// The answer came too late. What it was must not matter.
 			_ = l.below.Unlock()
 			return state.ErrLockExpired
-		default:
+		case extended:
 			if until := c.sent.Add(l.ttl); until.After(l.until) {
 				l.until = until
 			}

@@ -254,10 +254,7 @@ func run[T any](c *call, invalid error, apply func(below state.Store) (T, error)
 	if s.isClosed() {
 		return none, state.ErrClosed
 	}
-	if invalid != nil {
-		return none, invalid
-	}
-	if c.ctx.Err() != nil || !s.admit(c) {
+	if c.ctx.Err() != nil || invalid != nil || !s.admit(c) {
 		return apply(s.bound)
 	}
 	if err := s.hold(c); err != nil {
