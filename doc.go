@@ -78,7 +78,8 @@
 // duration is honoured, from a nanosecond on. An entry is visible until its
 // deadline by the store's clock. For NATS that is the server's clock; the clocks
 // of the machines that agents run on do not matter. An entry never expires early,
-// and is visible for at most a network round trip after its deadline.
+// and is visible for at most a network round trip after its deadline; a listing
+// shows what existed when it began.
 //
 // A Put replaces the TTL along with the value. An expired key behaves exactly
 // like a deleted one: the next Put starts a new key, with a new Created.

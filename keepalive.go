@@ -77,9 +77,8 @@ type keptKey struct {
 	current uint64
 	known   bool
 	// inDoubt is the value of a write whose fate is not known; nil if there is
-	// none. If creating is true, the write would create the key.
-	inDoubt  []byte
-	creating bool
+	// none.
+	inDoubt []byte
 }
 
 // write writes the key on top of what it is now.
@@ -96,7 +95,7 @@ func (k *keptKey) write(store Store, ttl time.Duration, value func() []byte) err
 	case err == ErrConflict:
 		k.known = false
 	case errors.Is(err, ErrOutcomeUnknown):
-		k.known, k.creating = false, k.current == 0
+		k.known = false
 		k.inDoubt = append([]byte{}, next...)
 	}
 	return err
@@ -125,13 +124,13 @@ func (k *keptKey) read(store Store) error {
 	return nil
 }
 
-// delete deletes the revision that was written last, if it is still there. A write
-// in doubt that would create the key is forestalled by one that is not.
+// delete deletes the revision that was written last, if it is still there. If the
+// key is not there, a write in doubt may create it yet: another write prevents that.
 func (k *keptKey) delete(ctx context.Context, store Store, ttl time.Duration) error {
 	retry := backoff{20 * time.Millisecond, time.Second}
 	for k.revision != 0 || k.inDoubt != nil {
 		err := k.read(store)
-		if err == nil && k.current == 0 && k.inDoubt != nil && k.creating {
+		if err == nil && k.current == 0 && k.inDoubt != nil {
 			err = k.write(store, ttl, func() []byte { return k.inDoubt })
 		}
 		if err == nil {

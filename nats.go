@@ -494,8 +494,8 @@ func (s *NATSStore) awaitLock(ctx context.Context, key string, ttl time.Duration
 // LockHolder implements [Store]. It costs one request, one more while the store
 // has not used the bucket of locks yet, and up to two more if the lease has lapsed
 // within the last second. In a cluster where nothing was ever locked it takes a
-// second: only then is a bucket of locks that is not found taken for one that does
-// not exist.
+// second and about five requests: only then is a bucket of locks that is not found
+// taken for one that does not exist.
 func (s *NATSStore) LockHolder(key string) (*LockInfo, error) {
 	ctx, err := s.begin("lock holder", key)
 	if err != nil {

@@ -449,16 +449,20 @@ func (b *bucket) exists(budget *retryBudget, r *record) bool {
 	return r.revision != 0 && !r.deleted && !b.expired(budget, r.deadline)
 }
 
-// expired reports whether a deadline has passed by the server's clock, of which
-// a lower bound is known. Where that is not certain, the server is asked.
 func (b *bucket) expired(budget *retryBudget, deadline timestamp) bool {
-	past, certain := b.readClock().past(deadline)
-	if !certain {
+	return deadline.passed(b.clockFor(budget, deadline))
+}
+
+// clockFor returns the server's clock, of which a lower bound is known. Where that
+// cannot say whether a deadline has passed, the server is asked.
+func (b *bucket) clockFor(budget *retryBudget, deadline timestamp) timestamp {
+	clock := b.readClock()
+	if !clock.decides(deadline) {
 		if info, err := b.info(budget); err == nil {
-			return deadline.passed(timestamp(info.Now.UnixNano()))
+			return timestamp(info.Now.UnixNano())
 		}
 	}
-	return past
+	return clock.now
 }
 
 func (b *bucket) readClock() clockReading {

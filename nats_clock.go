@@ -95,11 +95,10 @@ func (c *serverClock) read(e *epoch) clockReading {
 	return clockReading{c.estimate(local), c.uncertainty(local), age}
 }
 
-// past reports whether a deadline has passed, and whether that is certain: it is
-// not where the lower bound does not decide it, is close to the deadline or might
-// be wrong.
-func (c clockReading) past(deadline timestamp) (past, certain bool) {
+// decides reports whether the lower bound says whether a deadline has passed: it may
+// be too low for that, close to the deadline, or wrong.
+func (c clockReading) decides(deadline timestamp) bool {
 	maybe, surely := deadline.passed(c.now+c.uncertainty), deadline.passed(c.now-decisionMargin)
 	open := !surely && (c.age > freshSample || !deadline.passed(c.now))
-	return deadline.passed(c.now), !maybe || c.age < sampleLife && !open
+	return !maybe || c.age < sampleLife && !open
 }

@@ -46,7 +46,7 @@ type listed struct {
 // began.
 type listing struct {
 	all []listed
-	now timestamp // the server's clock when it began, or later where a single key has expired
+	now timestamp // the server's clock when it began; what existed then, or was written since, has a later deadline
 }
 
 // has reports whether the listing has a record of the key.
@@ -68,8 +68,11 @@ func (b *bucket) list(budget *retryBudget, p pattern, values bool, since uint64)
 		if err == nil && r.revision != 0 {
 			l.all = []listed{{p.prefix, r}}
 		}
-		if !exists {
+		switch { // what was found out is more exact
+		case !exists:
 			l.now = max(l.now, r.deadline)
+		case r.deadline != 0:
+			l.now = min(l.now, r.deadline-1)
 		}
 		return l, err
 	}

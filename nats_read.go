@@ -153,21 +153,29 @@ func (b *bucket) storedMsg(budget *retryBudget, req any) (*storedMsg, error) {
 // while the answer is on its way, the value may have been replaced in time. So it
 // counts as expired only if its deadline had passed before it was read. Otherwise
 // lookUp reads the key again: what it finds then is the same value, which has
-// expired, or something that was written since it began.
+// expired, or one that was written since it began.
 func (b *bucket) lookUp(budget *retryBudget, key string, read func(*retryBudget, string) (record, error)) (r record, exists bool, err error) {
-	began := b.readClock()
+	asked := time.Now()
 	if r, err = read(budget, key); err != nil || r.revision == 0 || r.deleted {
 		return r, false, err
 	}
-	if past, certain := began.past(r.deadline); past && certain {
+	now := b.clockFor(budget, r.deadline)
+	passed := time.Since(asked)
+	began := now - timestamp(passed+passed/maxDrift)
+	switch {
+	case !r.deadline.passed(now):
+		return r, true, nil
+	case r.deadline.passed(began):
 		return r, false, nil
 	}
-	if !b.expired(budget, r.deadline) {
-		return r, true, nil
-	}
 	first := r.revision
-	r, err = read(budget, key)
-	return r, err == nil && r.revision != 0 && r.revision != first && !r.deleted, err
+	if r, err = read(budget, key); err != nil || r.revision == first {
+		return r, false, err
+	}
+	if r.revision < first { // the bucket is another one, or a leader that was cut off answered
+		return r, b.exists(budget, &r), nil
+	}
+	return r, !r.deleted && !r.deadline.passed(began), nil
 }
 
 // entryOf returns the record of a key that exists, or ErrNotFound.

@@ -29,13 +29,12 @@ const (
 // errMoved is the error of a conditional write that came too late.
 var errMoved = errors.New("the key was written by somebody else")
 
-// put writes m.value to a key whatever it holds, in at most three requests
-// however many others write it: usually one, conditional on the record that
-// this client knows, so that what it carries of that record is right. Where
-// others write the key, too, it reads the key first and then writes without a
-// condition, because conditional writes starve beside faster ones. It takes four
-// requests if the key is about to expire, so that it is read first, and somebody
-// replaces it meanwhile.
+// put writes m.value to a key whatever it holds, in at most four requests however
+// many others write it: usually one, conditional on the record that this client
+// knows, so that what it carries of that record is right. Where others write the
+// key, too, it reads the key first and then writes without a condition, because
+// conditional writes starve beside faster ones. It takes four if the key is about
+// to expire, so that it is read first, and somebody replaces it meanwhile.
 func (b *bucket) put(budget *retryBudget, m mutation) (r record, err error) {
 	contested := b.cache.begin(m.key)
 	defer b.cache.end(m.key)
@@ -56,9 +55,10 @@ func (b *bucket) put(budget *retryBudget, m mutation) (r record, err error) {
 	return b.commit(budget, m, base, always)
 }
 
-// remove deletes a key if it exists, in at most three requests, like put: it
-// first tries a marker that is conditional on what it knows or has just read.
-// The unconditional one that may follow deletes what was written in between.
+// remove deletes a key if it exists, in at most three requests, and two more if the
+// key's deadline has just passed. It first tries a marker that is conditional on
+// what it knows or has just read. The unconditional one that may follow deletes
+// what was written in between.
 func (b *bucket) remove(budget *retryBudget, m mutation) error {
 	contested := b.cache.begin(m.key)
 	defer b.cache.end(m.key)

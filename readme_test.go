@@ -454,6 +454,18 @@ func TestReadmeCosts(t *testing.T) {
 		require.LessOrEqual(t, sent()-before, uint64(3), "requests of: %s over a value that has expired", name)
 	}
 
+	for name, read := range map[string]func(key string) error{
+		"Get":    func(key string) error { _, err := s.Get(key); return err },
+		"Keys":   func(key string) error { _, err := s.Keys(key); return err },
+		"Delete": func(key string) error { return s.Delete(key) },
+	} {
+		require.NoError(t, rival.Put("ended."+name, nil, 50*time.Millisecond))
+		eventually(t, func() bool { _, err := rival.Get("ended." + name); return err == ErrNotFound }, "an expiry")
+		before := sent()
+		_ = read("ended." + name)
+		require.LessOrEqual(t, sent()-before, uint64(4), "requests of: %s of a value that has just expired", name)
+	}
+
 	for i := range 100 {
 		require.NoError(t, rival.Put(fmt.Sprintf("many.%d", i), nil, 0))
 	}

@@ -852,6 +852,7 @@ func (l *load) readUntil(done <-chan struct{}, s state.Store, key string) (misse
 			entries, err = s.Entries(key + "*")
 			found = len(entries) > 0
 		}
+		l.bounded("read", call)
 		switch {
 		case err != nil && err != state.ErrNotFound: //nolint:errorlint // bare
 			l.unexpected(what, err)
