@@ -10,7 +10,7 @@ import (
 )
 
 // A Cache is a local copy of the entries that match a pattern. It is kept up to
-// date as [Follow] does it, for programs that read far more often than others
+// date in the way of [Follow], for programs that read far more often than others
 // write. Its reads make no request, and do not block each other.
 //
 // A cache lags behind the store: usually by less than a millisecond on a local
@@ -19,9 +19,9 @@ import (
 // the cache until its expiry has been delivered.
 //
 // For each entry a Cache takes the key, the value and about 250 bytes. On a
-// [NATSStore] the watch behind it takes as much again, once for all watches of the
-// pattern in a store. AsOf does not take into account there what [NATSStore] says of
-// keys that an operator purges, and of a leader that a partition has cut off.
+// [NATSStore] the watch behind it takes about 250 bytes more per key, once for all
+// watches of the pattern in a store. There, AsOf ignores the delays that NATSStore
+// describes for purged keys and for a leader that a partition has cut off.
 type Cache struct {
 	pattern pattern
 	entries sync.Map // *KeyValue by key; those in it are never changed

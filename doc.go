@@ -37,7 +37,7 @@
 // key that exists while the process lives, a lock that is kept while some work
 // runs. These functions provide that, on any store:
 //
-//   - [Follow] returns the current entries and then delivers every change.
+//   - [Follow] returns the current entries and then delivers their changes.
 //   - [NewCache] returns a local copy of entries, a [Cache], for fast reads.
 //   - [Modify] reads a value, changes it and writes it back.
 //   - [KeepAlive] keeps a key alive until its context ends.
@@ -66,8 +66,8 @@
 // # Patterns
 //
 // Keys, Entries and Watch take a pattern: a key, or the beginning of a key
-// followed by one "*", or "*" alone. The star matches any rest, including dots
-// and an empty rest: "config.*" matches "config.foo" and "config.foo.bar", and
+// followed by one "*", or "*" alone. The star matches any suffix, dots included
+// and the empty one too: "config.*" matches "config.foo" and "config.foo.bar", and
 // "conf*" matches "conf". A pattern that could match no key is refused with
 // ErrInvalidKey. [MatchPattern] compares a pattern with a key.
 //
@@ -98,13 +98,14 @@
 // last state of every key. A MemoryStore skips states only for a slow reader. A
 // NATS bucket with a History of 1 does not keep replaced values, so a NATSStore
 // may also skip a state that was replaced within milliseconds, or while the watch
-// was cut off. If a watch does not know whether a key that is gone was refreshed
-// before it expired, it reports a deletion.
+// was cut off. If a watch cannot know whether a key that is gone was refreshed
+// before it expired, it reports a deletion, with a revision and a time of its own,
+// rather than an expiry.
 //
 // Events of one key come in the order of their revisions, without duplicates.
-// The channel has no buffer, but up to 1024 events wait behind it, in order. A
-// reader that falls further behind gets only the newest waiting event of each
-// key. It blocks no writer and no other reader, and the number of keys that
+// The channel has no buffer, but events wait behind it, in order. Once 1,024 wait,
+// a new event of a key takes the place of the newest one of that key that waits. So
+// a slow reader blocks no writer and no other reader, and the number of keys that
 // changed bounds the memory.
 //
 // A watch on a NATSStore survives reconnects, server restarts and leader changes.

@@ -14,7 +14,8 @@ var (
 	ErrNotFound = errors.New("key not found")
 
 	// ErrClosed is returned by every method of a store after Close, except Close
-	// itself. Unlock still works.
+	// itself, and by calls that Close ends; the error of a write in doubt wraps it.
+	// Unlock still works.
 	ErrClosed = errors.New("store closed")
 
 	// ErrLockHeld is returned by Lock while somebody holds the lock, and by
@@ -26,25 +27,25 @@ var (
 	// Refresh returns it after Unlock.
 	ErrLockNotHeld = errors.New("lock not held")
 
-	// ErrLockExpired is returned by Refresh once the lease has lapsed, whether
-	// or not somebody else holds the lock by now; by Lock if it lapsed before
-	// the answer was here, and by [Acquire] if that happened again and again. The
-	// error of [Hold] and [WithLock] wraps it if the lease was lost while their
-	// function ran.
+	// ErrLockExpired is returned by Refresh once the lease has lapsed or the lock
+	// was taken away, whether or not somebody else holds it by now; by Lock if the
+	// lease lapsed before the answer arrived, by [Acquire] if that happened ten times
+	// in a row, and by [Hold] if the lock was lost before its function ran. The error
+	// of Hold and [WithLock] wraps it if the lock was lost while their function ran.
 	ErrLockExpired = errors.New("lock expired")
 
 	// ErrInvalidKey is returned for a key, lock name or pattern that
 	// [ValidateKey] or the rules for patterns refuse.
 	ErrInvalidKey = errors.New("invalid key")
 
-	// ErrInvalidTTL is returned for a negative TTL. For a lock, and by KeepAlive, it
-	// is returned for a zero one, too.
+	// ErrInvalidTTL is returned for a negative TTL. For a lock, and from KeepAlive,
+	// zero is refused as well.
 	ErrInvalidTTL = errors.New("invalid TTL")
 
 	// ErrWatchClosed is returned by Watch when what would end a running watch
 	// has happened before this one began: the connection is closed for good, or
-	// the bucket is gone. A watch that is already running tells the same by
-	// closing its channel.
+	// the bucket is gone. A watch that is already running closes its
+	// channel instead.
 	ErrWatchClosed = errors.New("watch closed")
 )
 

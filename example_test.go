@@ -290,7 +290,7 @@ func ExampleStore_LockHolder() {
 	// true
 }
 
-// Follow returns the current entries and then delivers every change, even after a
+// Follow returns the current entries and then delivers their changes, even after a
 // watch has ended.
 func ExampleFollow() {
 	store := state.NewMemoryStore()

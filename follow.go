@@ -8,8 +8,9 @@ import (
 
 // Follow returns the entries that match a pattern, sorted by key, and then every
 // later change without a gap, as OpPut and OpDelete events under the terms of
-// [StateStore.Watch]. It is the loop around Watch that most programs need: a
-// state, and how it goes on. Nothing old is reported after something newer.
+// [StateStore.Watch]. It is the loop around Watch that most programs need: the
+// current state, and then its changes. An older state is never delivered after a
+// newer one.
 //
 // If the watch ends, Follow starts over by itself, compares, and delivers the
 // differences, deletions included. A deletion found in this way has the
@@ -17,7 +18,8 @@ import (
 // The channel is closed when ctx ends or the store is closed, and for no other
 // reason.
 //
-// Follow fails with the errors of Entries and Watch. It costs one listing when
+// Follow fails with the errors of Entries and, on a store that wraps another one,
+// with [ErrWatchClosed]. It costs one listing when
 // it starts, and no more than one after an outage. The entries and events are
 // the caller's own. A slow reader blocks nobody, as for Watch. Follow remembers
 // the names and revisions of the keys that exist.
@@ -98,8 +100,8 @@ func (s *followSink) startOver() {}
 
 func (s *followSink) advance(progress) {}
 
-// A sink is what a following keeps up to date. It has the entries that exist as
-// far as was reported.
+// A sink is what a following keeps up to date. It holds the entries that exist
+// according to the events delivered so far.
 type sink interface {
 	version(key string) (version, bool)
 	each(f func(kv *KeyValue))

@@ -16,7 +16,7 @@ import (
 type NATSStoreConfig struct {
 	// Conn is the NATS connection to use. It belongs to the caller, and Close
 	// leaves it open. A connection that gives up reconnecting ends the store's
-	// watches. With nats.NoEcho waiting for a lock is as with a Domain.
+	// watches. With nats.NoEcho, a waiter for a lock polls as with a Domain.
 	Conn *nats.Conn
 	// Bucket is the KV bucket name: letters, digits, "-" and "_". The bucket is
 	// created if it does not exist. Locks are kept in a second one, with
@@ -41,7 +41,7 @@ type NATSStoreConfig struct {
 	Replicas int
 	// Domain is the JetStream domain of the bucket, as behind a leaf node. A
 	// release that is published on one side of a leaf node may not be heard on
-	// the other. So a waiter for a lock also looks every two seconds whether it
+	// the other. So a waiter for a lock also checks every two seconds whether it
 	// was released.
 	Domain string
 	// APIPrefix is what an account's import puts in place of "$JS.API", if the
@@ -49,7 +49,7 @@ type NATSStoreConfig struct {
 	// The owner exports the service "$JS.API.>" with the response type stream,
 	// and the services "$KV.<bucket>.>" and "$KV.<bucket>-locks.>". The account
 	// of Conn imports them as "<prefix>.>", "<prefix>.$KV.<bucket>.>" and
-	// "<prefix>.$KV.<bucket>-locks.>". A waiter for a lock looks every two
+	// "<prefix>.$KV.<bucket>-locks.>". A waiter for a lock checks every two
 	// seconds, as with a Domain.
 	APIPrefix string
 	// Logger receives what operators need to know: a watch was cut off, is back
@@ -63,7 +63,7 @@ type NATSStoreConfig struct {
 }
 
 // DefaultNATSStoreConfig returns configuration with sensible defaults (Bucket
-// "agent-state"). Conn is to be set.
+// "agent-state"). The caller must set Conn.
 func DefaultNATSStoreConfig() NATSStoreConfig {
 	return NATSStoreConfig{
 		Bucket:       "agent-state",
@@ -92,8 +92,8 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 //     most.
 //
 // The settings may change while the store is open; it notices within seconds.
-// For up to two seconds after a bucket of one replica was given more of them,
-// a Get may miss what others have just written. While the bucket is deleted,
+// For up to two seconds after the replicas of a bucket are raised from one, a Get
+// may miss what others have just written. While the bucket is deleted,
 // methods that use it return an error that errors.Is reports as
 // [jetstream.ErrBucketNotFound], except for Watch, which returns
 // [ErrWatchClosed]. They work again when the bucket is back.
@@ -112,24 +112,25 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // seconds, or for as long as what it replaces. On one replica a watch that was cut
 // off does the same about a key that was gone when it came back.
 //
-// There are exceptions: if the bucket is full, has delete markers or has a TTL of
-// its own, and if an older revision comes back because another client wrote the one
-// that expired. Then a watch may report an expiry that only a leader that was cut
-// off confirms, or that of a value whose refresh the watch missed while it was cut
-// off itself.
+// There are exceptions: a bucket that is full, has delete markers or has a TTL of
+// its own; and a key to which an older revision comes back, because another client
+// wrote the one that expired. There a watch may report an expiry that only a leader
+// that was cut off confirms, or that of a value whose refresh the watch missed while
+// it was cut off itself.
 //
 // An acknowledgement means that a majority of the replicas has the change. The
 // servers' sync_interval says when they sync it to the disk.
 //
 // A watch ends, by closing its channel, when the store is closed, when the
 // connection is closed for good, when the bucket is deleted, when the server
-// refuses to let the watch continue, and when the watch was cut off for longer
-// than a deletion stays on the server, an hour. It survives any shorter cut, and
-// then delivers the last state of every key that changed. It may not mention a
-// key that was created and deleted meanwhile. Keys that an operator purges are
-// reported as deleted: within seconds if the whole stream is purged, otherwise when
-// the watch lists the bucket again, in about ten minutes at the latest. The same
-// holds of a key that is deleted while the bucket is too full to hold the deletion.
+// refuses to let the watch continue, and when the watch was cut off for about an
+// hour, or for as long as the bucket's own TTL if that is shorter. It survives a
+// shorter cut, and then delivers the last state of every key that changed. It may not
+// mention a key that was created and deleted meanwhile. Keys that an operator purges
+// are reported as deleted, as a rule with the revision of their last value: within
+// seconds if the whole stream is purged, otherwise when the watch lists the bucket
+// again, in about ten minutes at the latest. The same is true of a key that is
+// deleted while the bucket is too full to hold the deletion.
 //
 // All watches of one pattern in a store share one consumer on the server. The
 // store keeps the names and revisions of the matching keys in memory.
@@ -156,7 +157,8 @@ var _ Store = (*NATSStore)(nil)
 // NewNATSStore binds to a bucket, and creates it if it does not exist. It fails
 // within seconds with an error that says what is wrong: the configuration or the
 // connection is bad, JetStream is not enabled, the server is older than 2.11 and
-// has no message TTLs, or a permission is missing. For a bucket that exists and
+// has no message TTLs (2.11.2 is the oldest that is tested), or a permission is
+// missing. For a bucket that exists and
 // suits it costs one request.
 func NewNATSStore(cfg NATSStoreConfig) (*NATSStore, error) {
 	if err := cfg.validate(); err != nil {
@@ -286,8 +288,8 @@ func (s *NATSStore) get(key string) (record, error) {
 
 // Put implements [StateStore]. It costs one request if the key is new or this
 // store wrote it last, two if others write it, too, and three when the store
-// finds that out. It costs four if the last value is about to expire and
-// somebody replaces it meanwhile.
+// finds that out or if the last value has expired. It costs four if the last value
+// is about to expire and somebody replaces it meanwhile.
 func (s *NATSStore) Put(key string, value []byte, ttl time.Duration) error {
 	ctx, m, err := s.beginPut("put", key, value, ttl)
 	if err != nil {
@@ -298,7 +300,8 @@ func (s *NATSStore) Put(key string, value []byte, ttl time.Duration) error {
 }
 
 // Update implements [Store]. It costs one request, two if this store has not seen
-// the revision, and three to create a key that another client has deleted.
+// the revision, and three to create a key that another client has deleted or
+// that has expired.
 func (s *NATSStore) Update(key string, value []byte, ttl time.Duration, revision uint64) (uint64, error) {
 	ctx, m, err := s.beginPut("update", key, value, ttl)
 	if err != nil {

@@ -24,10 +24,6 @@ const (
 	// so that a watch that began before the deadline still finds it when it
 	// lists what existed.
 	expiryGrace = 2 * time.Second
-
-	// maxServerTTL is the longest TTL that is left to the server. It takes one
-	// of 290 years for one that has passed.
-	maxServerTTL = 100 * 365 * 24 * time.Hour
 )
 
 // A mutation is a write as data: what is to become of a key.

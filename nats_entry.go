@@ -167,6 +167,10 @@ func decodeState(s string) (h stateHeader) {
 	return h
 }
 
+// maxServerTTL is the longest TTL that is left to the server. It takes one of 290
+// years for one that has passed.
+const maxServerTTL = 100 * 365 * 24 * time.Hour
+
 // decodeTTL reads a Nats-TTL as the server does: whole seconds, or a duration
 // that is cut to whole seconds, or "never".
 func decodeTTL(s string) (ttl time.Duration, never bool) {

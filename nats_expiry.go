@@ -6,24 +6,25 @@ import (
 )
 
 const (
-	// stateLife is how old a feed lets its knowledge of the stream become. It
-	// notices by it that the stream was purged, or created again.
+	// stateLife is the greatest age of the stream's state that a feed relies on.
+	// The state shows that the stream was purged, or created again.
 	stateLife = 2 * time.Second
-	// maxRelist is how long after a listing at the latest a feed looks for keys
+	// maxRelist is the longest time between a listing and the next search for keys
 	// that were removed without a message, if the stream has changed.
 	maxRelist = 10 * time.Minute
 	// recentDeletionLife is how long a reportedDeletion is remembered.
 	recentDeletionLife = 10 * time.Second
-	// expiryPause is how long about a feed waits before it asks again about what
+	// expiryPause is about how long a feed waits before it asks again about what
 	// has expired. The pauses grow, up to maxExpiryPause.
 	expiryPause    = 20 * time.Millisecond
 	maxExpiryPause = time.Second
-	// firstWindow is of how many keys that have expired a feed asks at first. It
-	// asks of more at a time when all were answered, and of fewer when one was
-	// not: others may ask about the same keys, and overload the server.
+	// firstWindow is about how many expired keys a feed asks at first at a time. The
+	// number grows when all were answered and shrinks when one was not: others may
+	// ask about the same keys, and overload the server.
 	firstWindow = 32
-	// maxDoubts is how often, once a second, a feed does not believe a leader that
-	// knows less than it: longer than one that was cut off goes on.
+	// maxDoubts is how many times, about once a second, a feed rejects the answer of
+	// a leader that knows less than the feed does: for longer than a leader that was
+	// cut off continues to answer.
 	maxDoubts = 30
 	// maxOverdue is how long after a deadline a feed that is behind asks about it.
 	maxOverdue = timestamp(400 * time.Millisecond)
@@ -80,7 +81,8 @@ type tracked struct {
 	unread   bool      // the revision was listed, and will be delivered
 	aged     bool      // the deadline is that of the bucket's MaxAge, which may be changed
 	doubts   uint8     // how often a leader has known less of it
-	// gaps is how many there were when it was last seen to exist, or replaced.
+	// gaps is the number of gaps when the key was last seen to exist, or the constant
+	// replaced.
 	gaps int
 }
 
@@ -89,8 +91,8 @@ const replaced = -1
 
 // ended reports whether r, a later record of the key, shows that the value came to
 // its deadline: r was written on condition that nothing had replaced the value, or
-// it follows a deletion that was. Any other record may follow a refresh that was
-// missed.
+// it follows an expiry marker that was written on that condition. Any other record
+// may follow a refresh that was missed.
 func (t *tracked) ended(r *record) bool {
 	return r.expired == t.revision || r.base == t.revision && t.deadline.passed(r.modified)
 }
@@ -325,8 +327,9 @@ func (f *feed) probe(keys []*tracked, over bool, then func([]finding)) {
 }
 
 // question returns what to ask about a key that is over or seems to be gone. A marker
-// must prove the answer where a server's word is not enough: one of several may be
-// cut off, and after a gap a refresh may have been missed that is gone, too.
+// must prove the answer where one server's word is not enough: a replica may be cut
+// off, and after a gap the feed may have missed a refresh that has since expired as
+// well.
 func (f *feed) question(t *tracked, over bool) question {
 	replicated := f.b.replicated()
 	missed := t.gaps != f.gaps
@@ -421,7 +424,8 @@ func (f *feed) applyVerified(findings []finding) (removed bool) {
 	return removed
 }
 
-// removedAt returns when a key was removed, of which only the absence is known.
+// removedAt returns the time to report for a key that is known only to be absent: its
+// deadline if that has passed, and otherwise now.
 func (f *feed) removedAt(t *tracked) timestamp {
 	if now := f.b.clock.now(); !t.deadline.passed(now) {
 		return now

@@ -22,16 +22,16 @@ const (
 	heartbeat   = time.Second
 	maxSilence  = 2*heartbeat + 200*time.Millisecond
 	pullExpires = 30 * time.Second
-	// shortestLife is how long the server keeps a message at the least.
+	// shortestLife is the shortest time for which the server keeps a message.
 	shortestLife = time.Second
 	// watchLife is how long a server keeps the consumer of a feed that went
 	// away without a word.
 	watchLife = 10 * time.Second
-	// attachPause is the first pause before a feed tries to attach again, about, and
-	// maxAttachPause the longest.
+	// attachPause is roughly the first pause before a feed attaches again;
+	// maxAttachPause is the longest.
 	attachPause    = 20 * time.Millisecond
 	maxAttachPause = 500 * time.Millisecond
-	// maxLag is how long a consumer may stay behind the leader without getting on.
+	// maxLag is how long a consumer may stay behind the leader without progress.
 	maxLag = 10 * time.Second
 	// refusedFor is how long a feed that is refused tries to attach again
 	// before it ends.
@@ -91,8 +91,8 @@ type attachment struct {
 	created  time.Time // the stream's, which distinguishes it from another of its name; never changed once the feed is ready
 	openedAt timestamp // by the server's clock
 
-	// gaps is how often the server may have had no request for so long that something
-	// came and went meanwhile.
+	// gaps is how often the feed may have missed a message for good: it was attached
+	// again, or the server had no request for longer than the shortest life.
 	gaps     int
 	pulledAt time.Time // when the last request was sent
 	idle     time.Time // since when the server may have had none; zero if it has one
@@ -112,9 +112,9 @@ type attachment struct {
 	suspected bool // it is being found out whether the link is just slow
 
 	readSeq      uint64    // how far the consumer has read the stream
-	lastReadSeq  uint64    // and how far when it was last seen to get on
-	goalSeq      uint64    // what it has to come to
-	goalSeqSince time.Time // since when it has not got on
+	lastReadSeq  uint64    // and how far when it was last seen to make progress
+	goalSeq      uint64    // the sequence that it must reach
+	goalSeqSince time.Time // since when it has made no progress
 }
 
 // A target is a progress that holds once so many messages have been read from a
@@ -162,7 +162,7 @@ func (f *feed) push(ev *KeyValue) {
 	}
 }
 
-// post has run do something. It reports whether run still does.
+// post queues do for run to execute. It reports false if the feed has ended.
 func (f *feed) post(do func()) bool {
 	f.mu.Lock()
 	ended := f.ended
@@ -337,7 +337,7 @@ func (f *feed) attached(a newSource, err error) {
 			return
 		}
 	}
-	// What exists, and until when, no message says.
+	// The consumer does not deliver what existed before: that is listed.
 	f.list()
 }
 
@@ -448,9 +448,9 @@ func (f *feed) checkHealth() {
 	}
 }
 
-// suspect gives the source up if it does not deliver what it should although what the
-// server has sent gets here. A large message may be on its way over a narrow link:
-// given up, it would be sent again.
+// suspect gives the source up if it delivers nothing although the connection works.
+// If a large message is still arriving over a narrow link, it waits: giving up would
+// only have the message sent again.
 func (f *feed) suspect(reason string, still func() bool) {
 	if f.suspected {
 		return
@@ -637,7 +637,7 @@ func (f *feed) reportExpiry(key string, t *tracked, r *record) {
 	case t != nil:
 		f.reportDeletion(t, r.expired, r.replaced)
 	case !f.listed && r.replaced > f.openedAt:
-		f.push(deletion(key, r.expired, r.replaced)) // it existed before the feed
+		f.push(deletion(key, r.expired, r.replaced)) // it existed before the feed, whose first listing is not complete
 	}
 }
 

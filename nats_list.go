@@ -15,20 +15,19 @@ import (
 )
 
 const (
-	// listBatch is how many messages a listing asks for at a time. Of a smaller
-	// stream it asks for spareBatch more than it has: a request that brings all it
-	// asked for does not say that this is the end, and one for few more could be
-	// filled by what others write meanwhile.
+	// listBatch is how many messages a listing asks for at a time. For a smaller
+	// stream it asks for spareBatch more than the stream holds: a request that is
+	// filled does not show the end, and new writes could fill a small surplus.
 	listBatch  = 16384
 	spareBatch = 1024
 	// listHeartbeat is how long a listing waits at the end of the stream until
 	// the server says that it is the end.
 	listHeartbeat = 50 * time.Millisecond
 	// listLife is how long the server keeps the consumer of a listing that is
-	// not asked for anything. At these intervals it also looks whether the
-	// consumer is in use, and what it says then may not be the end.
+	// not asked for anything. The server checks at this interval whether the
+	// consumer is in use; a status that it sends then may not mean the end.
 	listLife = time.Minute
-	// fewBytes is the most that a listing of few keys may bring of values.
+	// fewBytes is the most bytes of values that a listing of few keys may return.
 	fewBytes = 1 << 20
 	// smallMsg is the average size up to which messages are cheaper to send as
 	// they are than to copy without their values.
@@ -180,13 +179,13 @@ func (b *bucket) listFew(budget *retryBudget, p pattern, info *streamInfo) (all 
 // errStartOver is for a listing that was cut short by something that passes.
 var errStartOver = errors.New("the listing was cut short")
 
-// listOnce lists with one consumer. That reads the stream from its first
-// message to its last one, so that every key comes: either it stays where it
-// is, or it moves to the end. The end was reached when the server ends a request
+// listOnce lists with one consumer, which reads the stream from its first message
+// to its last one. So every key is delivered: its record stays where it is or, if
+// it is written again, moves to the end. The end was reached when the server ends a request
 // that does not wait, after it had brought something; or when it sends a
 // heartbeat for one that had brought nothing. All other signs can err: the
 // number of pending messages, the end of a request's time, and even the end of
-// a request that does not wait, once the server looks whether the consumer is
+// a request that does not wait, when the server checks whether the consumer is
 // still in use; by then the end has to be seen twice.
 //
 // In a cluster the consumer may be on a server that lags, or that has just lost its
@@ -262,8 +261,8 @@ type listRun struct {
 	b           *bucket
 	pattern     pattern
 	maxAge      time.Duration
-	values      bool // of the records are wanted
-	headersOnly bool // is what the source delivers
+	values      bool // whether to keep the values
+	headersOnly bool // whether the source delivers headers only
 
 	source *consumer
 	batch  int
@@ -286,7 +285,7 @@ func (l *listRun) pull(budget *retryBudget) (got int, st status, err error) {
 	if err != nil {
 		return 0, st, fmt.Errorf("%w: %w", errStartOver, err)
 	}
-	// The server does not say so when a request has brought exactly its bytes.
+	// The server sends no status when a request has brought exactly its bytes.
 	for got < asked && st.code == "" && l.source.left != 0 {
 		msg, err := l.source.next(budget, l.epoch, l.timer)
 		if err != nil {

@@ -26,26 +26,26 @@ const (
 	// kept waiting for another reason.
 	maxTrip = 500 * time.Millisecond
 	// yieldFor is how long a waiter leaves a lock to somebody whose attempt it
-	// has heard, before it looks whether the attempt succeeded.
+	// has heard, before it checks whether the attempt succeeded.
 	yieldFor = time.Second
 	// maxYields is how often in a row a store that had to wait for a lock lets
 	// others go first when it waits again.
 	maxYields = 16
-	// releasePause is how soon a waiter looks again that has heard a release
-	// which the leader has not stored yet. It looks again after ever longer pauses.
+	// releasePause is how soon a waiter checks again that has heard a release
+	// which the leader has not stored yet. The pauses grow.
 	releasePause = 2 * time.Millisecond
 	// unchosenFactor is how many times longer than the chosen waiter the others
 	// pause.
 	unchosenFactor = 10
-	// missedReleaseCheck is how often a waiter that cannot hear releases looks.
+	// missedReleaseCheck is how often a waiter that cannot hear releases checks.
 	missedReleaseCheck = 2 * time.Second
 	// waiterGroup is the queue group of those who wait for a lock: what is
 	// published to the lock's subject chooses one of them.
 	waiterGroup = "waiters"
 )
 
-// lockWaits are the waiters for locks in a store. They do not poll, and of those
-// who wait for the same lock only the first one asks.
+// lockWaits are the waiters for locks in a store. They poll only where they may miss
+// releases, and of those who wait for the same lock only the first one asks.
 type lockWaits struct {
 	mu    sync.Mutex // guards the map, and waiters and held of each queue
 	queue map[string]*lockQueue
@@ -164,9 +164,10 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 	if q.subs == nil {
 		q.subscribe(s.data.nc, "$KV."+s.data.name+locksSuffix+"."+key)
 	}
-	// All who wait hear an attempt, and nobody hears a look. So it looks first,
-	// unless the lock was last released from here. It lets the others go first if
-	// it had waited for the lock then: they have hardly heard of the release.
+	// Every waiter receives an attempt, but nobody notices a read. So the waiter reads
+	// first, unless this store released the lock last. If this store had to wait for
+	// the lock then, it lets the others go first: they may not have received the
+	// release yet.
 	last := s.releasedHere(key)
 	look := last == nil || last.yields > 0
 	if look && last != nil {
@@ -298,7 +299,7 @@ func (q *lockQueue) wake(found *foundLock) time.Time {
 	if q.refreshed.by(found.owner) && q.refreshed.until.After(free) {
 		free = q.refreshed.until
 	}
-	tried := free.Add(-maxTrip) // who tries before that is refused; free is an estimate
+	tried := free.Add(-maxTrip) // an earlier attempt is refused; free is an estimate
 	switch r := &q.released; {
 	case r.at.After(found.asked):
 		free, tried = r.at, r.at
@@ -311,7 +312,7 @@ func (q *lockQueue) wake(found *foundLock) time.Time {
 	wake := free
 	if c := &q.claimed; c.at.After(found.answered) && c.at.After(tried) {
 		// Somebody else has tried when it was free, and almost always succeeds. The
-		// chosen waiter looks whether it did.
+		// chosen waiter checks whether it did.
 		wake = earlier(c.until, c.at.Add(wait(found.yield)))
 	}
 	switch {

@@ -38,11 +38,11 @@ const probeWindow = 256
 // that a write to the key is under way, which no read shows. Such a probe costs the
 // leader a look at its index.
 //
-// Where that is not enough the write is a marker that takes the place of what has
-// ended, and is stored if that is still the last record. A majority has to accept
-// it, and no refresh can follow it.
+// Where that is not enough, the write is a marker in place of the value that has
+// ended. It is stored only if that value is still the last record. A majority has to
+// accept it, and no refresh can follow it.
 //
-// The epoch is that in which the feed was attached: the bucket is still the same.
+// e is the epoch in which the feed was attached. In a later one, nothing is asked.
 func (b *bucket) probe(budget *retryBudget, e *epoch, questions []question) []probeResult {
 	results := make([]probeResult, 0, len(questions))
 	for part := range slices.Chunk(questions, probeWindow) {
@@ -116,8 +116,9 @@ func (b *bucket) ask(budget *retryBudget, e *epoch, questions []question) []prob
 	return results
 }
 
-// questionMsg makes the write that asks a question. A marker stays for as long as
-// what it replaces would have, and hides what that hides.
+// questionMsg makes the write that asks a question. A marker stays as long as the
+// record that it replaces would have, and hides the older revisions which that record
+// hid.
 func (b *bucket) questionMsg(q *question) *nats.Msg {
 	if q.mark {
 		life := max(expiryGrace, time.Duration(q.base.removal-b.clock.now()))
@@ -127,7 +128,7 @@ func (b *bucket) questionMsg(q *question) *nats.Msg {
 		}
 	}
 	return &nats.Msg{
-		// The subject is no key's. The expectation is of the key's.
+		// No key has this subject. The expected sequence is that of the key's subject.
 		Subject: b.route + b.prefix + ":probe",
 		Header: nats.Header{
 			headerExpected:        {"9223372036854775807"},

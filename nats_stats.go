@@ -9,7 +9,7 @@ type Stats struct {
 	Retries         uint64 // Retries is how many of them repeated one that failed or was not answered.
 	Conflicts       uint64 // Conflicts is how many conditional writes came too late.
 	UnknownOutcomes uint64 // UnknownOutcomes is how many calls returned ErrOutcomeUnknown.
-	WatchCuts       uint64 // WatchCuts is how often a watch was cut off from the server.
+	WatchCuts       uint64 // WatchCuts is how often a watched pattern was cut off from the server.
 
 	Watches    int // Watches is how many watches are running, those of Follow and Cache included.
 	Consumers  int // Consumers is how many consumers the store has on the server: one for each watched pattern, and one for each listing.

@@ -64,7 +64,7 @@ func ValidateTTL(ttl time.Duration) error {
 
 // MatchPattern reports whether key matches pattern: it is equal to it or, when
 // the pattern ends with "*", begins with what comes before that. The star
-// matches any rest, dots included and the empty rest too: "config.*" matches
+// matches any suffix, dots included and the empty one too: "config.*" matches
 // "config.foo" and "config.foo.bar", and "conf*" matches "conf".
 //
 // MatchPattern only compares strings; it does not tell whether a pattern or a

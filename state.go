@@ -13,9 +13,8 @@ import (
 type StateStore interface {
 	// Get retrieves a value by key. It returns ErrNotFound if the key does not
 	// exist and ErrInvalidKey if it cannot. A read sees every write that was
-	// acknowledged before it began, by anyone; [NATSStore] names the one
-	// exception, in a network partition. The bytes are the caller's own;
-	// a value stored as nil or empty is an empty, non-nil slice.
+	// acknowledged before it began, by anyone; [NATSStore] names the exceptions.
+	// The bytes are the caller's own; a value stored as nil or empty is an empty, non-nil slice.
 	Get(key string) ([]byte, error)
 
 	// GetKeyValue retrieves the full KeyValue entry, under the same terms as
@@ -24,8 +23,8 @@ type StateStore interface {
 
 	// Put stores a copy of value. It replaces the key's value and TTL: the
 	// entry is visible until ttl after it was written, by the store's clock,
-	// then the key does not exist. If ttl is 0, the key never expires (or after
-	// the store's default TTL, where its configuration sets one). Put is
+	// then the key does not exist. If ttl is 0, the key never expires (or expires
+	// after the store's default TTL, if one is configured). Put is
 	// unconditional: it never fails because others write the same key.
 	//
 	// It returns ErrInvalidKey, ErrInvalidTTL for a negative ttl, and
@@ -55,13 +54,13 @@ type StateStore interface {
 	// OpPut carries the entry. OpDelete carries Key, Revision and Modified, a
 	// nil Value and zero Created and Expires. A deletion has a revision of its
 	// own; an expiry, delivered at the deadline, has the revision of the value
-	// that expired. A value that was refreshed in time is never reported as
-	// expired. What is delivered is exact. For one key, events come in the order
+	// that expired. A value that was refreshed in time is not reported as expired
+	// ([NATSStore] names the exceptions). For one key, events come in the order
 	// of their revisions, without duplicates.
 	//
-	// A slow reader blocks nobody: once more than 1,024 events wait, a newer
-	// event of a key replaces that key's older one still waiting, so memory is
-	// bounded by the number of keys that changed.
+	// A slow reader blocks nobody: once 1,024 events wait, a new event of a key
+	// takes the place of the newest one of that key that waits, so memory is bounded
+	// by the number of keys that changed.
 	//
 	// The channel is closed when the watch ends: when the store is closed, or
 	// when the watch can no longer tell whether it missed something (see the
@@ -161,14 +160,14 @@ type Lock interface {
 	// Unlock releases the lock. It returns ErrLockNotHeld if there is nothing
 	// of this holder's to release: it was released already, or the lease has
 	// lapsed. It never releases somebody else's lock. After any other error it
-	// may be called again. It waits for no other call for longer than its own
-	// five seconds.
+	// may be called again. It takes at most five seconds, even if a Refresh is in
+	// progress.
 	Unlock() error
 
 	// Refresh extends the lock TTL: the lease runs for its full TTL again, from
 	// before the request was sent. It returns ErrLockExpired if the lock has
-	// expired, whether or not somebody else holds it by now, and ErrLockNotHeld
-	// after Unlock. After any other error the lease runs on as it was; Refresh
+	// expired or was taken away, whether or not somebody else holds it by now, and
+	// ErrLockNotHeld after Unlock. After any other error the lease runs on as it was; Refresh
 	// may be called again. Concurrent calls share one request.
 	Refresh() error
 

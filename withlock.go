@@ -30,12 +30,12 @@ const (
 // and through outages, until ctx ends. Waiters are not queued: any of them may get
 // the lock next.
 //
-// It returns [ErrClosed], [ErrInvalidKey], [ErrInvalidTTL] and the error of a
-// connection that its owner has closed at once. It returns
-// [ErrLockExpired] if ten leases in a row had lapsed when the answer arrived: the
-// TTL is too short for the distance to the store. When ctx ends, it returns the
-// bare [ErrLockHeld] if somebody still held the lock, and otherwise an error that
-// wraps the context's and the last failure.
+// It returns these at once: [ErrClosed], [ErrInvalidKey], [ErrInvalidTTL], and the
+// error of a connection that its owner has closed. It returns [ErrLockExpired] if
+// ten leases in a row had lapsed when the answer arrived: the TTL is too short for
+// the distance to the store. When ctx ends, it returns the bare [ErrLockHeld] if
+// somebody still held the lock, and otherwise an error that wraps the context's and
+// the last failure.
 //
 // ctx replaces any context that store is bound to. It bounds the acquisition only:
 // the lock can be refreshed after ctx has ended. On both stores waiting does not

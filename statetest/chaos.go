@@ -32,8 +32,9 @@ type Rates struct {
 	SkipReplaced float64       // a watch skips a replaced state
 }
 
-// DefaultRates returns rates at which about one call in twelve meets a fault: much
-// more often than in production, but rarely enough for a program to make progress.
+// DefaultRates returns rates at which about one write in twelve and one read in
+// twenty meet a fault: much more often than in production, but rarely enough for a
+// program to make progress.
 func DefaultRates() Rates {
 	return Rates{
 		Fail:         0.01,
@@ -61,10 +62,10 @@ func DefaultRates() Rates {
 // What happens to a call depends only on the seed, the method, the key and the
 // number of such calls before it. So a program that makes the same calls meets the
 // same faults, and in a testing/synctest bubble at the same times: run a test that
-// failed again with the seed that it logged. What the program itself leaves to
-// chance stays so: which of two goroutines that are ready at the same time runs
+// failed again with the seed that it logged. Choices that the program itself leaves
+// open stay random: which of two goroutines that are ready at the same time runs
 // first, and the order in which it ranges over a map. Give each Store of a test a
-// different seed, and have no two agents begin at the same time.
+// different seed, and start no two agents at the same time.
 func (s *Store) Chaos(t testing.TB, seed uint64, rates Rates) {
 	s.mu.Lock()
 	s.chaos = &chaos{seed, rates}

@@ -26,7 +26,7 @@
 //	store.On(statetest.Put, "status").ApplyLate(3*time.Second)       // applied after it has failed
 //	store.On(statetest.Put, "status").ApplyBehind(2)                 // applied after two other writes
 //	store.On(statetest.Reads, "*").For(time.Minute).Slow(time.Second)
-//	store.On(statetest.Get, "config").LoseRequest()                  // hangs until its context ends
+//	store.On(statetest.Get, "config").LoseRequest()                  // hangs for five seconds, or until its context ends
 //
 // Watches, both running and future ones:
 //

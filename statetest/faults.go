@@ -282,8 +282,8 @@ func (r *Rule) meets(c *call, decided bool) bool {
 	return true
 }
 
-// admit counts a call, decides what happens to it, and reports whether it is
-// anything at all.
+// admit counts a call, decides what happens to it, and reports whether that is
+// anything.
 func (s *core) admit(c *call) bool {
 	s.mu.Lock()
 	if len(s.rules) > 0 {

@@ -426,8 +426,8 @@ func (g *gate) move(until time.Time) {
 	}
 }
 
-// left returns how long the gate is still closed, and what tells that this
-// changes. The caller holds mu.
+// left returns how long the gate is still closed, and a channel that is closed when
+// this changes. The caller holds mu.
 func (g *gate) left() (time.Duration, <-chan struct{}) {
 	left := time.Until(g.until)
 	if left <= 0 {

@@ -64,7 +64,7 @@ func (s *Store) Watch(pattern string) (<-chan *state.KeyValue, error) {
 type watch struct {
 	s       *core
 	pattern string
-	number  int // the how-manieth of its pattern
+	number  int // counts the watches of its pattern, from 1
 	reader  chan *state.KeyValue
 	told    chan func(*watch) // what to do next
 	done    chan struct{}     // closed when it has ended
