@@ -106,12 +106,12 @@ func NewMemoryStore() *MemoryStore {
 		locks:   make(map[string]*memoryLock),
 		waiters: make(map[string][]chan struct{}),
 	}
-	d.root = d.newClient()
+	d.root = d.newClientLocked()
 	return &MemoryStore{d.root, context.Background()}
 }
 
-// newClient returns another client. The caller holds mu, or nobody else knows d.
-func (d *memoryData) newClient() *memoryClient {
+// newClientLocked returns another client. Nobody else knows d, where mu is not held.
+func (d *memoryData) newClientLocked() *memoryClient {
 	c := &memoryClient{data: d, quit: make(chan struct{})}
 	d.clients[c] = struct{}{}
 	return c
@@ -129,9 +129,9 @@ func (s *MemoryStore) Client() *MemoryStore {
 	d := s.client.data
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	c := d.newClient()
+	c := d.newClientLocked()
 	if d.root.closed || s.client.closed {
-		d.close(c)
+		d.closeLocked(c)
 		delete(d.clients, c)
 	}
 	return &MemoryStore{c, context.Background()}
@@ -156,16 +156,16 @@ func (s *MemoryStore) lock(op, key string) (*memoryData, error) {
 	ended := s.ctx.Err() // before the mutex is held, as it is not our code
 	d := s.client.data
 	d.mu.Lock()
-	if err := s.admit(op, key, ended); err != nil {
+	if err := s.admitLocked(op, key, ended); err != nil {
 		d.mu.Unlock()
 		return nil, err
 	}
 	return d, nil
 }
 
-// admit returns why a call has to fail at once, if it has to; ended is the error
-// of its context. The caller holds mu.
-func (s *MemoryStore) admit(op, key string, ended error) error {
+// admitLocked returns why a call has to fail at once, if it has to; ended is the error
+// of its context.
+func (s *MemoryStore) admitLocked(op, key string, ended error) error {
 	if s.client.closed {
 		return ErrClosed
 	}
@@ -259,7 +259,7 @@ func (s *MemoryStore) put(op, key string, value []byte, ttl time.Duration, expec
 	if err := validatePut(key, value, ttl, limit); err != nil {
 		return 0, err
 	}
-	now := d.sweep()
+	now := d.sweepLocked()
 	it := d.items[key]
 	if expected != nil && it.current() != *expected {
 		return 0, ErrConflict
@@ -274,7 +274,7 @@ func (s *MemoryStore) put(op, key string, value []byte, ttl time.Duration, expec
 	it.revision, it.modified = d.revision, now
 	if deadline := now.deadline(ttl); deadline != it.deadline {
 		d.expiries.set(&it.expiring, deadline)
-		d.schedule(now)
+		d.scheduleLocked(now)
 	}
 	if it.quiet != d.watches.added && !d.watches.publish(key, it.share) {
 		it.quiet = d.watches.added
@@ -310,7 +310,7 @@ func (s *MemoryStore) delete(op, key string, expected *uint64) error {
 	if err := ValidateKey(key); err != nil {
 		return err
 	}
-	now := d.sweep()
+	now := d.sweepLocked()
 	it := d.items[key]
 	if expected != nil && (it == nil || it.revision != *expected) {
 		return ErrConflict
@@ -319,32 +319,32 @@ func (s *MemoryStore) delete(op, key string, expected *uint64) error {
 		return nil
 	}
 	d.revision++
-	d.remove(it, d.revision, now)
+	d.removeLocked(it, d.revision, now)
 	d.expiries.drop(&it.expiring)
-	d.schedule(now)
+	d.scheduleLocked(now)
 	return nil
 }
 
-// remove makes a key disappear, and publishes that. The caller holds mu.
-func (d *memoryData) remove(it *item, revision uint64, at timestamp) {
+// removeLocked makes a key disappear, and publishes that.
+func (d *memoryData) removeLocked(it *item, revision uint64, at timestamp) {
 	delete(d.items, it.key)
 	d.keys.remove(it.key)
 	d.watches.publish(it.key, func() *KeyValue { return deletion(it.key, revision, at) })
 }
 
-// sweep removes what has expired, so that what follows finds the store as its
-// clock says it is. The caller holds mu.
-func (d *memoryData) sweep() (now timestamp) {
+// sweepLocked removes what has expired, so that what follows finds the store as its
+// clock says it is.
+func (d *memoryData) sweepLocked() (now timestamp) {
 	now = d.now()
 	for t := d.expiries.due(now); t != nil; t = d.expiries.due(now) {
 		it := d.items[t.key]
-		d.remove(it, it.revision, it.deadline)
+		d.removeLocked(it, it.revision, it.deadline)
 	}
 	return now
 }
 
-// schedule has the timer fire for the next expiry. The caller holds mu.
-func (d *memoryData) schedule(now timestamp) {
+// scheduleLocked has the timer fire for the next expiry.
+func (d *memoryData) scheduleLocked(now timestamp) {
 	next := d.expiries.next()
 	if next == d.wake {
 		return
@@ -368,9 +368,9 @@ func (d *memoryData) expire() {
 	if d.root.closed {
 		return
 	}
-	now := d.sweep()
+	now := d.sweepLocked()
 	d.wake = 0 // it has fired
-	d.schedule(now)
+	d.scheduleLocked(now)
 }
 
 // lockIndexed locks the data for a call that needs the index of keys, and has the
@@ -398,7 +398,7 @@ func (s *MemoryStore) lockIndexed(op, pattern string) (*memoryData, error) {
 				}
 				ended := s.ctx.Err()
 				d.mu.Lock()
-				return s.admit(op, pattern, ended)
+				return s.admitLocked(op, pattern, ended)
 			})
 		}
 		if err != nil {
@@ -406,7 +406,7 @@ func (s *MemoryStore) lockIndexed(op, pattern string) (*memoryData, error) {
 			return nil, err
 		}
 		d.keys.ask(len(d.items))
-		d.sweep()
+		d.sweepLocked()
 		return d, nil
 	}
 }
@@ -425,7 +425,7 @@ func (s *MemoryStore) Keys(pattern string) ([]string, error) {
 			return nil, err
 		}
 		defer d.mu.Unlock()
-		if d.sweep(); d.items[pattern] != nil {
+		if d.sweepLocked(); d.items[pattern] != nil {
 			found = append(found, pattern)
 		}
 		return found, nil
@@ -473,7 +473,7 @@ func (s *MemoryStore) Entries(pattern string) ([]*KeyValue, error) {
 	if err != nil {
 		return nil, err
 	}
-	all := d.collect(p)
+	all := d.collectLocked(p)
 	d.mu.Unlock()
 	return copies(all), nil
 }
@@ -486,7 +486,7 @@ func (s *MemoryStore) lockFor(op string, p pattern) (*memoryData, error) {
 	}
 	d, err := s.lock(op, p.prefix)
 	if err == nil {
-		d.sweep()
+		d.sweepLocked()
 	}
 	return d, err
 }
@@ -498,8 +498,8 @@ type collected struct {
 	deadline timestamp
 }
 
-// collect returns what matches a pattern, sorted by key. The caller holds mu.
-func (d *memoryData) collect(p pattern) []collected {
+// collectLocked returns what matches a pattern, sorted by key.
+func (d *memoryData) collectLocked(p pattern) []collected {
 	var all []collected
 	add := func(key string) {
 		it := d.items[key]
@@ -542,7 +542,7 @@ func (s *MemoryStore) Watch(pattern string) (<-chan *KeyValue, error) {
 		return nil, err
 	}
 	defer d.mu.Unlock()
-	d.sweep() // what expired before is not reported
+	d.sweepLocked() // what expired before is not reported
 	sub := newSubscription()
 	reader := make(chan *KeyValue)
 	d.watches.add(p, sub)
@@ -564,7 +564,7 @@ func (s *MemoryStore) follow(ctx context.Context, p pattern) (*source, error) {
 	if err != nil {
 		return nil, err
 	}
-	all := d.collect(p)
+	all := d.collectLocked(p)
 	c, sub := s.client, newSubscription()
 	d.watches.add(p, sub)
 	if c.follows == nil {
@@ -578,19 +578,19 @@ func (s *MemoryStore) follow(ctx context.Context, p pattern) (*source, error) {
 		ask: func() {
 			d.mu.Lock()
 			defer d.mu.Unlock()
-			d.sweep() // what has expired by now is part of the progress
+			d.sweepLocked() // what has expired by now is part of the progress
 			sub.advance(progress{revision: d.revision, asOf: time.Now()})
 		},
 		stop: func() {
 			d.mu.Lock()
 			defer d.mu.Unlock()
-			d.endFollow(c, sub)
+			d.endFollowLocked(c, sub)
 		},
 	}, nil
 }
 
-// endFollow ends a subscription of a client's follow, once. The caller holds mu.
-func (d *memoryData) endFollow(c *memoryClient, sub *subscription) {
+// endFollowLocked ends a subscription of a client's follow, once.
+func (d *memoryData) endFollowLocked(c *memoryClient, sub *subscription) {
 	if p, ok := c.follows[sub]; ok {
 		delete(c.follows, sub)
 		d.watches.remove(p, sub)
@@ -626,22 +626,22 @@ func (s *MemoryStore) grant(key string, ttl time.Duration, wake chan struct{}) (
 		delete(d.locks, t.key)
 	}
 	if held := d.locks[key]; held != nil {
-		d.addWaiter(key, wake)
+		d.addWaiterLocked(key, wake)
 		return nil, held.deadline, ErrLockHeld
 	}
 	if waiting := d.waiters[key]; wake != nil && len(waiting) > 0 && waiting[0] != wake {
 		// Otherwise a client that released the lock and waits for it again would
 		// always get it first.
-		d.addWaiter(key, wake)
-		d.wakeFirst(key)
+		d.addWaiterLocked(key, wake)
+		d.wakeFirstLocked(key)
 		return nil, 0, ErrLockHeld
 	}
 	d.lockRevision++
 	held := &memoryLock{expiring: expiring{key: key}, token: d.lockRevision}
 	d.locks[key] = held
 	d.lapses.set(&held.expiring, now.deadline(ttl))
-	d.dropWaiter(key, wake)
-	d.wakeFirst(key) // it waits for another lease's end
+	d.dropWaiterLocked(key, wake)
+	d.wakeFirstLocked(key) // it waits for another lease's end
 	return newLease(s.ctx, s, key, ttl, asked, held.token), 0, nil
 }
 
@@ -685,29 +685,28 @@ func (s *MemoryStore) awaitLock(ctx context.Context, key string, ttl time.Durati
 func (d *memoryData) leave(key string, wake chan struct{}) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.dropWaiter(key, wake)
-	d.wakeFirst(key)
+	d.dropWaiterLocked(key, wake)
+	d.wakeFirstLocked(key)
 }
 
-// wakeFirst wakes the first waiter, if there is one. It stays in the queue until
-// it has got the lock or gives up. The caller holds mu.
-func (d *memoryData) wakeFirst(key string) {
+// wakeFirstLocked wakes the first waiter, if there is one. It stays in the queue until
+// it has got the lock or gives up.
+func (d *memoryData) wakeFirstLocked(key string) {
 	if waiting := d.waiters[key]; len(waiting) > 0 {
 		notify(waiting[0])
 	}
 }
 
-// addWaiter puts a waiter into the queue, unless it is nil or there already. The
-// caller holds mu.
-func (d *memoryData) addWaiter(key string, wake chan struct{}) {
+// addWaiterLocked puts a waiter into the queue, unless it is nil or there
+// already.
+func (d *memoryData) addWaiterLocked(key string, wake chan struct{}) {
 	if wake != nil && !slices.Contains(d.waiters[key], wake) {
 		d.waiters[key] = append(d.waiters[key], wake)
 	}
 }
 
-// dropWaiter takes a waiter out of the queue, if it is there. The caller holds
-// mu.
-func (d *memoryData) dropWaiter(key string, wake chan struct{}) {
+// dropWaiterLocked takes a waiter out of the queue, if it is there.
+func (d *memoryData) dropWaiterLocked(key string, wake chan struct{}) {
 	rest := slices.DeleteFunc(d.waiters[key], func(c chan struct{}) bool { return c == wake })
 	if len(rest) > 0 {
 		d.waiters[key] = rest
@@ -716,9 +715,8 @@ func (d *memoryData) dropWaiter(key string, wake chan struct{}) {
 	}
 }
 
-// heldBy returns the lock that the lease is for, unless it has lapsed. The
-// caller holds mu.
-func (d *memoryData) heldBy(l *lease) *memoryLock {
+// heldByLocked returns the lock that the lease is for, unless it has lapsed.
+func (d *memoryData) heldByLocked(l *lease) *memoryLock {
 	held := d.locks[l.key]
 	if held == nil || held.token != l.token || held.deadline.passed(d.now()) {
 		return nil
@@ -732,11 +730,11 @@ func (s *MemoryStore) extend(ctx context.Context, l *lease) error {
 	d := s.client.data
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	held := d.heldBy(l)
+	held := d.heldByLocked(l)
 	if held == nil {
 		return ErrLockExpired
 	}
-	if err := s.admit("refresh", l.key, ended); err != nil {
+	if err := s.admitLocked("refresh", l.key, ended); err != nil {
 		return err
 	}
 	d.lapses.set(&held.expiring, d.now().deadline(l.ttl))
@@ -748,13 +746,13 @@ func (s *MemoryStore) release(_ context.Context, l *lease) error {
 	d := s.client.data
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	held := d.heldBy(l)
+	held := d.heldByLocked(l)
 	if held == nil {
 		return ErrLockNotHeld
 	}
 	d.lapses.drop(&held.expiring)
 	delete(d.locks, l.key)
-	d.wakeFirst(l.key)
+	d.wakeFirstLocked(l.key)
 	return nil
 }
 
@@ -786,7 +784,7 @@ func (s *MemoryStore) Close() error {
 	d.mu.Lock()
 	if s.client == d.root {
 		for c := range d.clients {
-			d.close(c)
+			d.closeLocked(c)
 			ending = append(ending, c)
 		}
 		if d.timer != nil {
@@ -794,7 +792,7 @@ func (s *MemoryStore) Close() error {
 		}
 		d.items, d.keys, d.expiries = nil, keyIndex{}, nil
 	} else {
-		d.close(s.client)
+		d.closeLocked(s.client)
 	}
 	d.mu.Unlock()
 	for _, c := range ending {
@@ -806,15 +804,14 @@ func (s *MemoryStore) Close() error {
 	return nil
 }
 
-// close closes a client, once. The caller holds mu, and waits for active after
-// that.
-func (d *memoryData) close(c *memoryClient) {
+// closeLocked closes a client, once. The caller waits for active after that.
+func (d *memoryData) closeLocked(c *memoryClient) {
 	if c.closed {
 		return
 	}
 	c.closed = true
 	close(c.quit)
 	for sub := range c.follows {
-		d.endFollow(c, sub)
+		d.endFollowLocked(c, sub)
 	}
 }
