@@ -368,7 +368,7 @@ func (s *Store) Heal() {
 	}
 	s.mu.Unlock()
 	for _, w := range s.running("*") {
-		w.tell((*watch).heal)
+		w.do((*watch).heal)
 	}
 }
 

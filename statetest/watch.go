@@ -33,12 +33,12 @@ func (s *Store) Watch(pattern string) (<-chan *state.KeyValue, error) {
 		return nil, err
 	}
 	w := &watch{
-		s:       s.core,
-		pattern: pattern,
-		reader:  make(chan *state.KeyValue),
-		told:    make(chan func(*watch)),
-		done:    make(chan struct{}),
-		todo:    c.opens,
+		s:        s.core,
+		pattern:  pattern,
+		reader:   make(chan *state.KeyValue),
+		commands: make(chan func(*watch)),
+		done:     make(chan struct{}),
+		todo:     c.opens,
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -62,12 +62,12 @@ func (s *Store) Watch(pattern string) (<-chan *state.KeyValue, error) {
 // A watch hands the events of a watch of the store below to its reader. One
 // goroutine, that of run, owns it.
 type watch struct {
-	s       *core
-	pattern string
-	number  int // counts the watches of its pattern, from 1
-	reader  chan *state.KeyValue
-	told    chan func(*watch) // what to do next
-	done    chan struct{}     // closed when it has ended
+	s        *core
+	pattern  string
+	number   int // counts the watches of its pattern, from 1
+	reader   chan *state.KeyValue
+	commands chan func(*watch) // what to do next
+	done     chan struct{}     // closed when it has ended
 
 	todo     watchEffect
 	events   int // how many have come
@@ -78,11 +78,11 @@ type watch struct {
 	ended    bool
 }
 
-// tell has the watch do something, and returns when it has done it or has ended.
-func (w *watch) tell(f func(*watch)) {
+// do has the watch do something, and returns when it has done it or has ended.
+func (w *watch) do(f func(*watch)) {
 	ended := make(chan bool, 1)
 	select {
-	case w.told <- func(w *watch) { f(w); ended <- w.ended }:
+	case w.commands <- func(w *watch) { f(w); ended <- w.ended }:
 		if !<-ended {
 			return
 		}
@@ -123,7 +123,7 @@ func (w *watch) run(ctx context.Context, source <-chan *state.KeyValue) {
 			w.waiting.pop()
 		case <-timer:
 			w.release()
-		case f := <-w.told:
+		case f := <-w.commands:
 			f(w)
 		case <-ctx.Done():
 			return
@@ -278,13 +278,13 @@ func (ws Watches) SkipReplaced() {
 func (ws Watches) each(what string, f func(*watch)) {
 	for _, w := range ws.s.running(ws.pattern) {
 		ws.s.note("event", w.pattern, 0, what)
-		w.tell(f)
+		w.do(f)
 	}
 }
 
 func (s *core) cutOff(pattern string, d time.Duration) {
 	for _, w := range s.running(pattern) {
-		w.tell(func(w *watch) { w.cutOff(d) })
+		w.do(func(w *watch) { w.cutOff(d) })
 	}
 }
 

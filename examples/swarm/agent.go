@@ -31,8 +31,8 @@ type Agent struct {
 	Name  string
 	Store state.Store
 
-	// Tell reports failures. It is called from several goroutines.
-	Tell func(format string, args ...any)
+	// Report receives failures. It is called from several goroutines.
+	Report func(format string, args ...any)
 	// Terms is called when the agent becomes the leader, and whenever it acts
 	// as the leader.
 	Terms func(Term)
@@ -75,7 +75,7 @@ func (a *Agent) Start() (err error) {
 	a.running.Go(func() {
 		alive := func() []byte { return []byte("alive") }
 		if err := state.KeepAlive(ctx, a.Store, "agents."+a.Name, heartbeat, alive); err != nil {
-			a.Tell("heartbeat: %v", err)
+			a.Report("heartbeat: %v", err)
 		}
 	})
 	a.running.Go(func() { a.work(ctx, tasks, changes) })
@@ -108,7 +108,7 @@ func (a *Agent) campaign(ctx context.Context) {
 	for ctx.Err() == nil {
 		err := state.WithLock(ctx, a.Store, "leader", leaderLease, a.lead)
 		if err != nil && ctx.Err() == nil {
-			a.Tell("leading: %v", err)
+			a.Report("leading: %v", err)
 			sleep(ctx, 100*time.Millisecond)
 		}
 	}
@@ -207,7 +207,7 @@ func (a *Agent) do(ctx context.Context, task string) {
 	case err == state.ErrLockHeld, err == state.ErrConflict, ctx.Err() != nil:
 		// Another agent is doing it or has done it, or this agent stops.
 	default:
-		a.Tell("task %s: %v", task, err)
+		a.Report("task %s: %v", task, err)
 	}
 }
 

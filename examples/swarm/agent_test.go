@@ -40,7 +40,7 @@ func TestSwarmForAnHour(t *testing.T) {
 
 		var agents []*Agent
 		for _, name := range []string{"ada", "grace", "alan", "barbara", "edsger", "tony"} {
-			a := &Agent{Name: name, Store: store.Client(), Terms: w.Term, Tell: func(format string, args ...any) {
+			a := &Agent{Name: name, Store: store.Client(), Terms: w.Term, Report: func(format string, args ...any) {
 				t.Errorf(name+": "+format, args...)
 			}}
 			agents = append(agents, a)
@@ -92,7 +92,7 @@ func TestSwarmOutlivesFailures(t *testing.T) {
 		store := statetest.Wrap(memory.Client())
 		defer store.Close()
 		var failures atomic.Int64
-		a := &Agent{Name: "ada", Store: store, Terms: w.Term, Tell: func(string, ...any) { failures.Add(1) }}
+		a := &Agent{Name: "ada", Store: store, Terms: w.Term, Report: func(string, ...any) { failures.Add(1) }}
 		if err := a.Start(); err != nil {
 			t.Fatal(err)
 		}
@@ -165,7 +165,7 @@ func runUnderChaos(t *testing.T, seed uint64, wrap func(state.Store) state.Store
 		for i, name := range []string{"ada", "grace", "alan", "barbara"} {
 			store := statetest.Wrap(memory.Client())
 			store.Chaos(nil, seed<<8+uint64(i), statetest.DefaultRates())
-			a := &Agent{Name: name, Store: wrap(store), Terms: w.Term, Tell: func(string, ...any) {}}
+			a := &Agent{Name: name, Store: wrap(store), Terms: w.Term, Report: func(string, ...any) {}}
 			for a.Start() != nil {
 				time.Sleep(time.Second)
 			}

@@ -104,7 +104,7 @@ func gather(out io.Writer, url string, pace time.Duration, names []string) (*Swa
 			return nil, err
 		}
 		m := &member{nc: nc}
-		m.Agent = &Agent{Name: name, Store: store, Terms: s.Term, Tell: func(format string, args ...any) {
+		m.Agent = &Agent{Name: name, Store: store, Terms: s.Term, Report: func(format string, args ...any) {
 			if !nc.IsClosed() {
 				s.Say(name, format, args...)
 			}
