@@ -77,9 +77,9 @@ func (c *cacheSink) version(key string) (version, bool) {
 	return version{}, false
 }
 
-func (c *cacheSink) each(f func(kv *KeyValue)) {
-	c.entries.Range(func(_, kv any) bool {
-		f(kv.(*KeyValue))
+func (c *cacheSink) each(f func(key string, revision uint64)) {
+	c.entries.Range(func(key, kv any) bool {
+		f(key.(string), kv.(*KeyValue).Revision)
 		return true
 	})
 }
@@ -239,7 +239,7 @@ func (c *Cache) AsOf() time.Time {
 // Update or an entry gave it: every change up to it is in the cache, or that
 // change itself is. It returns an error that wraps the context's if ctx ends
 // first, and ErrClosed when the cache is no longer kept up to date. On a
-// NATSStore it costs no request if the cache has the change already, as a rule
+// NATSStore it costs no request if the cache has the change already, usually
 // three otherwise, and more if the revision has not been written yet. A bucket
 // that is deleted and created again begins with new revisions: until the cache has
 // noticed, Wait can take one of them for one of the old bucket.

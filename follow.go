@@ -19,10 +19,10 @@ import (
 // reason.
 //
 // Follow fails with the errors of Entries and, on a store that wraps another one,
-// with [ErrWatchClosed]. It costs one listing when
-// it starts, and no more than one after an outage. The entries and events are
-// the caller's own. A slow reader blocks nobody, as for Watch. Follow remembers
-// the names and revisions of the keys that exist.
+// with [ErrWatchClosed]. It costs one listing when it starts, and no more than one
+// after an outage. The entries and events are the caller's own. A slow reader blocks
+// nobody, as for Watch. Follow remembers the names and revisions of the keys that
+// exist.
 func Follow(ctx context.Context, store Store, pattern string) (current []*KeyValue, changes <-chan *KeyValue, err error) {
 	f := &following{store: store, pattern: pattern}
 	src, err := f.open(ctx)
@@ -69,9 +69,9 @@ func (s *followSink) version(key string) (version, bool) {
 	return v, ok
 }
 
-func (s *followSink) each(f func(kv *KeyValue)) {
+func (s *followSink) each(f func(key string, revision uint64)) {
 	for key, v := range s.versions {
-		f(&KeyValue{Key: key, Revision: v.revision})
+		f(key, v.revision)
 	}
 }
 
@@ -104,7 +104,7 @@ func (s *followSink) advance(progress) {}
 // according to the events delivered so far.
 type sink interface {
 	version(key string) (version, bool)
-	each(f func(kv *KeyValue))
+	each(f func(key string, revision uint64))
 	apply(ev *KeyValue)
 	// next returns what its reader is to take next, and over which channel; nil if
 	// there is nothing. delivered says that it was taken.
@@ -354,14 +354,14 @@ func (f *following) reconcile(current []*KeyValue) {
 			f.sink.apply(kv)
 		}
 	}
+	found := timestamp(time.Now().UnixNano())
 	var gone []*KeyValue
-	f.sink.each(func(kv *KeyValue) {
-		if !there[kv.Key] {
-			gone = append(gone, kv)
+	f.sink.each(func(key string, revision uint64) {
+		if !there[key] {
+			gone = append(gone, deletion(key, revision, found))
 		}
 	})
-	now := time.Now()
-	for _, kv := range gone {
-		f.sink.apply(&KeyValue{Key: kv.Key, Revision: kv.Revision, Operation: OpDelete, Modified: now})
+	for _, ev := range gone {
+		f.sink.apply(ev)
 	}
 }

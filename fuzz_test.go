@@ -207,7 +207,7 @@ func FuzzEntry(f *testing.F) {
 		case life < 0:
 			last.deadline = now + timestamp(life) // it has gone
 		}
-		e := encoder{now: now, uncertainty: timestamp(slack), grace: expiryGrace, rollup: true}
+		e := encoder{clockReading: clockReading{now: now, uncertainty: timestamp(slack)}, grace: expiryGrace, rollup: true}
 		hdr, next := e.encode(mutation{key: "k", op: "op", value: []byte("v"), ttl: time.Duration(ttl)}, last, ifUnchanged)
 		written := now + timestamp(delay)
 		r := decode(hdr.Header, []byte("v"), 6, written, 0)

@@ -450,7 +450,7 @@ func (b *bucket) exists(budget *retryBudget, r *record) bool {
 }
 
 func (b *bucket) expired(budget *retryBudget, deadline timestamp) bool {
-	return deadline.passed(b.clockFor(budget, deadline))
+	return deadline != 0 && deadline.passed(b.clockFor(budget, deadline))
 }
 
 // clockFor returns the server's clock, of which a lower bound is known. Where that

@@ -77,7 +77,7 @@ func (c *serverClock) now() timestamp {
 	return c.estimate(time.Now())
 }
 
-// A clockReading is what is known of the server's clock at a moment.
+// A clockReading is what is known of the server's clock at one time.
 type clockReading struct {
 	now         timestamp     // the lower bound
 	uncertainty timestamp     // by how much the clock may be past it

@@ -71,8 +71,9 @@ func (h *header) size() int {
 
 // An encoder turns mutations of one bucket into messages.
 type encoder struct {
-	now, uncertainty timestamp // the lower bound of the server's clock, and how far it may be past it
+	clockReading
 
+	maxAge  time.Duration // the bucket's own TTL; 0 for none
 	rollup  bool          // the bucket lets older revisions go
 	history bool          // and keeps them otherwise
 	markers bool          // the server puts a marker in place of what it removes
@@ -128,6 +129,9 @@ func (e encoder) encode(m mutation, base record, pre precondition) (header, reco
 	// of the stream, so what a heartbeat does again and again is spared it.
 	if e.rollup && (m.marker || m.ttl > 0) && (e.history || pre == always || outlives(base, next, m)) {
 		hdr.set(headerRollup, "sub")
+	}
+	if end := e.now.deadline(e.maxAge); !m.marker && next.deadline.outlives(end) {
+		next.deadline = end
 	}
 	hdr.set(headerState, state.encode())
 	return hdr, next

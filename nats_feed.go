@@ -37,7 +37,7 @@ const (
 	// before it ends.
 	refusedFor = 2 * time.Second
 	// staleFor is how long the leader of several servers may not have what a feed
-	// has read already: one that was cut off leads on for up to 20 seconds.
+	// has read already: one that was cut off continues to lead for up to 20 seconds.
 	staleFor = 30 * time.Second
 )
 
@@ -671,7 +671,7 @@ func (f *feed) askProgress() {
 	})
 }
 
-// measureProgress returns a moment at which the consumer had nothing left to
+// measureProgress returns a target at which the consumer had nothing left to
 // deliver of all that the leader had when asked: a message that was replaced
 // before it could be delivered has been followed by what replaced it.
 func (f *feed) measureProgress(source *consumer) (at target, err error) {

@@ -156,12 +156,16 @@ func (b *bucket) storedMsg(budget *retryBudget, req any) (*storedMsg, error) {
 // expired, or one that was written since it began.
 func (b *bucket) lookUp(budget *retryBudget, key string, read func(*retryBudget, string) (record, error)) (r record, exists bool, err error) {
 	asked := time.Now()
-	if r, err = read(budget, key); err != nil || r.revision == 0 || r.deleted {
+	r, err = read(budget, key)
+	switch {
+	case err != nil, r.revision == 0, r.deleted:
 		return r, false, err
+	case r.deadline == 0:
+		return r, true, nil
 	}
 	now := b.clockFor(budget, r.deadline)
-	passed := time.Since(asked)
-	began := now - timestamp(passed+passed/maxDrift)
+	took := time.Since(asked)
+	began := now - timestamp(took+took/maxDrift)
 	switch {
 	case !r.deadline.passed(now):
 		return r, true, nil
@@ -180,18 +184,21 @@ func (b *bucket) lookUp(budget *retryBudget, key string, read func(*retryBudget,
 
 // entryOf returns the record of a key that exists, or ErrNotFound.
 func (b *bucket) entryOf(budget *retryBudget, key string) (record, error) {
-	r, exists, err := b.lookUp(budget, key, func(budget *retryBudget, key string) (record, error) {
-		r, err := b.last(budget, key)
-		if err == nil {
-			b.cache.learn(key, r)
-		}
-		return r, err
-	})
-	switch {
-	case err != nil:
+	r, exists, err := b.lookUp(budget, key, b.learnLast)
+	if err != nil {
 		return record{}, err
-	case !exists:
+	}
+	if !exists {
 		return record{}, ErrNotFound
 	}
 	return r, nil
+}
+
+// learnLast is last, and remembers the record.
+func (b *bucket) learnLast(budget *retryBudget, key string) (record, error) {
+	r, err := b.last(budget, key)
+	if err == nil {
+		b.cache.learn(key, r)
+	}
+	return r, err
 }

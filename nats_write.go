@@ -62,19 +62,18 @@ func (b *bucket) put(budget *retryBudget, m mutation) (r record, err error) {
 func (b *bucket) remove(budget *retryBudget, m mutation) error {
 	contested := b.cache.begin(m.key)
 	defer b.cache.end(m.key)
+	var exists bool
+	var err error
 	base, read := b.known(m.key), false
 	if contested || !b.certain(base) || !base.exists(b.clock.now()) {
-		var exists bool
-		var err error
 		if base, exists, err = b.lookUp(budget, m.key, b.contended); !exists {
 			return err
 		}
 		read = true
 	}
-	_, err := b.commit(budget, m, base, ifUnchanged)
+	_, err = b.commit(budget, m, base, ifUnchanged)
 	if err == errMoved {
 		if !read {
-			var exists bool
 			if base, exists, err = b.lookUp(budget, m.key, b.contended); !exists {
 				return err
 			}
@@ -373,16 +372,14 @@ var errLeaving = errors.New("the server is about to remove the key's last value,
 // encode makes the message for a mutation, within the bucket's limit.
 func (b *bucket) encode(m mutation, base record, pre precondition) (*nats.Msg, record, error) {
 	s := b.settings.Load()
-	e := encoder{rollup: s.rollup(), history: s.PerKey != 1, markers: s.MarkerTTL > 0, grace: expiryGrace, fixed: b.want.locks}
+	e := encoder{
+		clockReading: b.readClock(), maxAge: s.MaxAge,
+		rollup: s.rollup(), history: s.PerKey != 1, markers: s.MarkerTTL > 0, grace: expiryGrace, fixed: b.want.locks,
+	}
 	if b.want.locks {
 		e.grace = 0 // nobody watches them
 	}
-	clock := b.readClock()
-	e.now, e.uncertainty = clock.now, clock.uncertainty
 	hdr, next := e.encode(m, base, pre)
-	if end := next.modified.deadline(s.MaxAge); !m.marker && next.deadline.outlives(end) {
-		next.deadline = end
-	}
 	if s.MaxMsgSize > 0 && !m.marker && hdr.size()+len(m.value) > int(s.MaxMsgSize) {
 		return nil, record{}, ErrValueTooLarge
 	}

@@ -246,8 +246,8 @@ func (s *Store) call(op Op, key string) *call {
 }
 
 // run makes a call: apply carries it out on the store below, at once or, if it is
-// a write, perhaps after run has returned. The error invalid is what the store
-// says of the arguments.
+// a write, perhaps after run has returned. If the arguments are invalid, no fault is
+// counted: the store below says why.
 func run[T any](c *call, invalid error, apply func(below state.Store) (T, error)) (T, error) {
 	var none T
 	s := c.s

@@ -142,10 +142,10 @@ var mutations = []mutation{
 	{"an-estimate-is-good-enough", []edit{
 		{"!surely && (c.age > freshSample || !deadline.passed(c.now))", "!surely && c.age > freshSample"},
 	}, []string{"vague-clock"}},
-	{"expired-is-visible", []edit{{"	case !exists:\n		return record{}, ErrNotFound", "	case !exists && (r.revision == 0 || r.deleted):\n		return record{}, ErrNotFound"}}, []string{"nats-model", "both-model"}},
-	{"created-outlives-max-age", []edit{{"if end := next.modified.deadline(s.MaxAge); !m.marker &&", "if end := next.modified.deadline(s.MaxAge); false &&"}}, []string{"max-age"}},
+	{"expired-is-visible", []edit{{"	if !exists {\n		return record{}, ErrNotFound", "	if !exists && (r.revision == 0 || r.deleted) {\n		return record{}, ErrNotFound"}}, []string{"nats-model", "both-model"}},
+	{"created-outlives-max-age", []edit{{"if end := e.now.deadline(e.maxAge); !m.marker &&", "if end := e.now.deadline(e.maxAge); false &&"}}, []string{"max-age"}},
 	{"a-read-is-judged-late", []edit{{"	first := r.revision\n", "	first := r.revision\n	if first != 0 {\n		return r, false, nil\n	}\n"}}, []string{"read-late"}},
-	{"a-listing-is-judged-late", []edit{{"	all []listed\n	now timestamp", "	b   *bucket\n	all []listed\n	now timestamp"}, {"		l := listing{now: timestamp(info.Now.UnixNano())}\n", "		l := listing{b: b, now: timestamp(info.Now.UnixNano())}\n"}, {"!r.deadline.passed(l.now) && !yield(r)", "!r.deadline.passed(l.now) && (l.b == nil || !l.b.expired(newBudget(l.b.life), r.deadline)) && !yield(r)"}}, []string{"read-late"}},
+	{"a-listing-is-judged-late", []edit{{"			l.all = sortAndDedupe(l.all)\n", "			if info, err := b.info(budget); err == nil {\n				l.now = timestamp(info.Now.UnixNano())\n			}\n			l.all = sortAndDedupe(l.all)\n"}}, []string{"read-late"}},
 	{"ttl-cut-to-seconds", []edit{
 		{"	return wholeSeconds(t + min(extra, math.MaxInt64-t))\n", "	_, _ = extra, math.MaxInt64\n	return max(t, time.Second).Truncate(time.Second)\n"},
 	}, []string{oneServer}},
