@@ -98,9 +98,9 @@
 // last state of every key. A MemoryStore skips states only for a slow reader. A
 // NATS bucket with a History of 1 does not keep replaced values, so a NATSStore
 // may also skip a state that was replaced within milliseconds, or while the watch
-// was cut off. If a watch cannot know whether a key that is gone was refreshed
-// before it expired, it reports a deletion, with a revision and a time of its own,
-// rather than an expiry.
+// was cut off. If a watch cannot know whether a missing key was refreshed before it
+// expired, it reports the key as deleted, not as expired: the event then has its
+// own revision and time.
 //
 // Events of one key come in the order of their revisions, without duplicates.
 // The channel has no buffer, but events wait behind it, in order. Once 1,024 wait,

@@ -44,8 +44,8 @@ var (
 
 	// ErrWatchClosed is returned by Watch when what would end a running watch
 	// has happened before this one began: the connection is closed for good, or
-	// the bucket is gone. A watch that is already running closes its
-	// channel instead.
+	// the bucket is gone. A watch that is already running closes its channel
+	// instead.
 	ErrWatchClosed = errors.New("watch closed")
 )
 

@@ -110,7 +110,8 @@ func NewMemoryStore() *MemoryStore {
 	return &MemoryStore{d.root, context.Background()}
 }
 
-// newClientLocked returns another client. Nobody else knows d, where mu is not held.
+// newClientLocked returns another client. While nobody else knows d, mu need not be
+// held.
 func (d *memoryData) newClientLocked() *memoryClient {
 	c := &memoryClient{data: d, quit: make(chan struct{})}
 	d.clients[c] = struct{}{}

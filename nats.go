@@ -127,9 +127,9 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // hour, or for as long as the bucket's own TTL if that is shorter. It survives a
 // shorter cut, and then delivers the last state of every key that changed. It may not
 // mention a key that was created and deleted meanwhile. Keys that an operator purges
-// are reported as deleted, as a rule with the revision of their last value: within
-// seconds if the whole stream is purged, otherwise when the watch lists the bucket
-// again, in about ten minutes at the latest. The same is true of a key that is
+// are reported as deleted, usually with the revision of their last value. That happens
+// within seconds if the whole stream is purged, and otherwise when the watch lists the
+// bucket again, in about ten minutes at the latest. The same is true of a key that is
 // deleted while the bucket is too full to hold the deletion.
 //
 // All watches of one pattern in a store share one consumer on the server. The

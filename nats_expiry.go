@@ -18,8 +18,8 @@ const (
 	// has expired. The pauses grow, up to maxExpiryPause.
 	expiryPause    = 20 * time.Millisecond
 	maxExpiryPause = time.Second
-	// firstWindow is about how many expired keys a feed asks at first at a time. The
-	// number grows when all were answered and shrinks when one was not: others may
+	// firstWindow is the number of expired keys that a feed first asks about at a
+	// time. It grows when all were answered and shrinks when one was not: others may
 	// ask about the same keys, and overload the server.
 	firstWindow = 32
 	// maxDoubts is how many times, about once a second, a feed rejects the answer of

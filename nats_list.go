@@ -181,9 +181,9 @@ var errStartOver = errors.New("the listing was cut short")
 
 // listOnce lists with one consumer, which reads the stream from its first message
 // to its last one. So every key is delivered: its record stays where it is or, if
-// it is written again, moves to the end. The end was reached when the server ends a request
-// that does not wait, after it had brought something; or when it sends a
-// heartbeat for one that had brought nothing. All other signs can err: the
+// it is written again, moves to the end. The end was reached when the server ends
+// a request that does not wait, after it had brought something; or when it sends
+// a heartbeat for one that had brought nothing. All other signs can err: the
 // number of pending messages, the end of a request's time, and even the end of
 // a request that does not wait, when the server checks whether the consumer is
 // still in use; by then the end has to be seen twice.

@@ -302,13 +302,8 @@ func TestWatchOfALargeValue(t *testing.T) {
 	near, far, p := openNearAndFar(t, srv, distance{rtt: 2 * time.Millisecond})
 	require.NoError(t, near.Put("first", nil, 0))
 	events := mustWatch(t, far, "*")
-	eventually(t, func() bool {
-		listed := make(chan bool, 1)
-		far.feeds.mu.Lock()
-		defer far.feeds.mu.Unlock()
-		f := far.feeds.by[pattern{wild: true}]
-		return f.post(func() { listed <- f.listed }) && <-listed
-	}, "its listing")
+	f := feedOf(far, pattern{wild: true})
+	eventually(t, func() bool { return f.holds(func() bool { return f.listed }) }, "its listing")
 	p.move(distance{rtt: 2 * time.Millisecond, bandwidth: 250 << 10})
 	large := make([]byte, 1<<20-headerRoom)
 	before := sentTo(t, srv, far.data.nc)

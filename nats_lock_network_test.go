@@ -523,7 +523,7 @@ func TestHoldJoinsARefresh(t *testing.T) {
 	}, "a refresh under way")
 	r := &renewer{lock: lock, ttl: time.Minute}
 	go func() { refreshed <- r.refresh() }()
-	time.Sleep(50 * time.Millisecond) // if it has not joined by then, the test shows nothing
+	time.Sleep(50 * time.Millisecond) // time for the second refresh to join the first
 	p.holdAnswers(false)
 	require.NoError(t, <-refreshed)
 	require.NoError(t, <-refreshed)

@@ -42,7 +42,7 @@ const probeWindow = 256
 // ended. It is stored only if that value is still the last record. A majority has to
 // accept it, and no refresh can follow it.
 //
-// e is the epoch in which the feed was attached. In a later one, nothing is asked.
+// e is the epoch in which the feed was attached. After it, nothing is asked.
 func (b *bucket) probe(budget *retryBudget, e *epoch, questions []question) []probeResult {
 	results := make([]probeResult, 0, len(questions))
 	for part := range slices.Chunk(questions, probeWindow) {

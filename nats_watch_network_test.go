@@ -701,27 +701,12 @@ func TestWatchBehindAStaleLeader(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, s.Put("k.0", nil, 0))
 	require.Equal(t, "put k.0", brief(receive(t, events)))
-	s.feeds.mu.Lock()
-	f := s.feeds.by[pattern{"k.", true}]
-	s.feeds.mu.Unlock()
-	attempted := make(chan struct{})
-	f.post(func() {
+	f := feedOf(s, pattern{"k.", true})
+	require.True(t, f.post(func() {
 		f.cursor += 3 // as if it had read so much more
 		f.cutOff("a test")
-		close(attempted)
-	})
-	<-attempted
-	eventually(t, func() bool {
-		waits := make(chan bool, 1)
-		f.post(func() { waits <- !f.stale.IsZero() })
-		select {
-		case w := <-waits:
-			return w
-		case <-f.ctx.Done():
-			require.FailNow(t, "the watch has ended")
-			return false
-		}
-	}, "a stale leader")
+	}))
+	eventually(t, func() bool { return f.holds(func() bool { return !f.stale.IsZero() }) }, "a stale leader")
 	for i := range 4 {
 		require.NoError(t, s.Put(fmt.Sprintf("k.%d", i), nil, 0))
 	}

@@ -539,6 +539,27 @@ func joinFeed(t *testing.T, s *NATSStore) (*feed, *natsWatch) {
 	return f, w
 }
 
+// feedOf returns the feed of a pattern that a store watches.
+func feedOf(s *NATSStore, p pattern) *feed {
+	s.feeds.mu.Lock()
+	defer s.feeds.mu.Unlock()
+	return s.feeds.by[p]
+}
+
+// holds reports whether a condition holds for a feed, which has not ended.
+func (f *feed) holds(condition func() bool) bool {
+	answer := make(chan bool, 1)
+	if !f.post(func() { answer <- condition() }) {
+		return false
+	}
+	select {
+	case holds := <-answer:
+		return holds
+	case <-f.ctx.Done():
+		return false
+	}
+}
+
 // TestListingFailsAfterACut: a feed that was cut off and is back, while it still
 // lists what exists, lists again if that fails. Otherwise it would never report the
 // expiry of a key that existed before.
@@ -548,19 +569,16 @@ func TestListingFailsAfterACut(t *testing.T) {
 	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
 	require.NoError(t, s.Put("k", nil, time.Minute))
 	f, _ := joinFeed(t, s)
-	is := func(condition func() bool) func() bool {
-		return func() bool {
-			answer := make(chan bool, 1)
-			return f.post(func() { answer <- condition() }) && <-answer
-		}
+	eventuallyHolds := func(condition func() bool, what string) {
+		eventually(t, func() bool { return f.holds(condition) }, what)
 	}
 	f.post(func() {
 		f.expecting, f.listing = false, true
 		f.cutOff("a test")
 	})
-	eventually(t, is(func() bool { return f.source != nil }), "it is back")
+	eventuallyHolds(func() bool { return f.source != nil }, "it is back")
 	f.post(func() { f.endListing(listing{}, errStartOver) })
-	eventually(t, is(func() bool { return f.listed && f.alive["k"] != nil }), "it has listed again")
+	eventuallyHolds(func() bool { return f.listed && f.alive["k"] != nil }, "it has listed again")
 }
 
 // TestExpiryBeforeDelivery: a value that was listed and has expired, and is still

@@ -612,17 +612,11 @@ func TestRefreshedWhileReading(t *testing.T) {
 				err = near.Put("k", nil, time.Hour)
 				refreshed := lock.Refresh()
 				kv, getErr := near.GetKeyValue("k")
-				var got error
-				for pending := true; pending; {
-					select {
-					case got = <-result:
-						pending = false
-					case <-time.After(c.ttl / 10):
-						if refreshed == nil {
-							refreshed = lock.Refresh()
-						}
-					}
+				for refreshed == nil && len(result) == 0 {
+					time.Sleep(c.ttl / 10)
+					refreshed = lock.Refresh()
 				}
+				got := <-result
 				if err == nil && refreshed == nil && getErr == nil && kv.Created.Equal(first.Created) {
 					inTime++
 					require.NoError(t, got)

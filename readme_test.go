@@ -440,30 +440,24 @@ func TestReadmeCosts(t *testing.T) {
 		return err
 	})
 
-	for name, write := range map[string]func(key string) error{
-		"Put": func(key string) error { return s.Put(key, nil, 0) },
-		"Update": func(key string) error {
-			_, err := s.Update(key, nil, 0, 0)
-			return err
-		},
+	for name, c := range map[string]struct {
+		writer *NATSStore
+		most   uint64
+		call   func(key string) error
+		want   error
+	}{
+		"Put":    {s, 3, func(key string) error { return s.Put(key, nil, 0) }, nil},
+		"Update": {s, 3, func(key string) error { _, err := s.Update(key, nil, 0, 0); return err }, nil},
+		"Get":    {rival, 4, func(key string) error { _, err := s.Get(key); return err }, ErrNotFound},
+		"Keys":   {rival, 4, func(key string) error { _, err := s.Keys(key); return err }, nil},
+		"Delete": {rival, 4, func(key string) error { return s.Delete(key) }, nil},
 	} {
-		require.NoError(t, s.Put("expired."+name, nil, 50*time.Millisecond))
-		eventually(t, func() bool { _, err := rival.Get("expired." + name); return err == ErrNotFound }, "an expiry")
+		key := "expired." + name
+		require.NoError(t, c.writer.Put(key, nil, 50*time.Millisecond))
+		eventually(t, func() bool { _, err := rival.Get(key); return err == ErrNotFound }, "an expiry")
 		before := sent()
-		require.NoError(t, write("expired."+name))
-		require.LessOrEqual(t, sent()-before, uint64(3), "requests of: %s over a value that has expired", name)
-	}
-
-	for name, read := range map[string]func(key string) error{
-		"Get":    func(key string) error { _, err := s.Get(key); return err },
-		"Keys":   func(key string) error { _, err := s.Keys(key); return err },
-		"Delete": func(key string) error { return s.Delete(key) },
-	} {
-		require.NoError(t, rival.Put("ended."+name, nil, 50*time.Millisecond))
-		eventually(t, func() bool { _, err := rival.Get("ended." + name); return err == ErrNotFound }, "an expiry")
-		before := sent()
-		_ = read("ended." + name)
-		require.LessOrEqual(t, sent()-before, uint64(4), "requests of: %s of a value that has just expired", name)
+		require.Equal(t, c.want, c.call(key))
+		require.LessOrEqual(t, sent()-before, c.most, "requests of: %s of a value that has just expired", name)
 	}
 
 	for i := range 100 {
@@ -524,14 +518,8 @@ func TestReadmeCosts(t *testing.T) {
 	before := sent()
 	_, err := s.Watch("many.*")
 	require.NoError(t, err)
-	eventually(t, func() bool {
-		s.feeds.mu.Lock()
-		f := s.feeds.by[pattern{"many.", true}]
-		s.feeds.mu.Unlock()
-		listed := make(chan bool, 1)
-		f.post(func() { listed <- f.listed })
-		return <-listed
-	}, "the watch knows what exists")
+	f := feedOf(s, pattern{"many.", true})
+	eventually(t, func() bool { return f.holds(func() bool { return f.listed }) }, "the watch knows what exists")
 	require.LessOrEqual(t, sent()-before, uint64(2+1+5), "requests of: Watch, the first pull, and a listing in the background")
 	costs("Watch of the same pattern", 1, func() error { _, err := s.Watch("many.*"); return err })
 

@@ -14,7 +14,8 @@ type StateStore interface {
 	// Get retrieves a value by key. It returns ErrNotFound if the key does not
 	// exist and ErrInvalidKey if it cannot. A read sees every write that was
 	// acknowledged before it began, by anyone; [NATSStore] names the exceptions.
-	// The bytes are the caller's own; a value stored as nil or empty is an empty, non-nil slice.
+	// The bytes are the caller's own; a value stored as nil or empty is an empty,
+	// non-nil slice.
 	Get(key string) ([]byte, error)
 
 	// GetKeyValue retrieves the full KeyValue entry, under the same terms as
@@ -167,8 +168,8 @@ type Lock interface {
 	// Refresh extends the lock TTL: the lease runs for its full TTL again, from
 	// before the request was sent. It returns ErrLockExpired if the lock has
 	// expired or was taken away, whether or not somebody else holds it by now, and
-	// ErrLockNotHeld after Unlock. After any other error the lease runs on as it was; Refresh
-	// may be called again. Concurrent calls share one request.
+	// ErrLockNotHeld after Unlock. After any other error the lease runs on as it
+	// was; Refresh may be called again. Concurrent calls share one request.
 	Refresh() error
 
 	// Key returns the lock key, as it was given to StateStore.Lock.

@@ -570,10 +570,9 @@ func (l *load) awaitAndHold(client int, s state.Store, name string, ttl time.Dur
 	l.lockCycles.Add(1)
 
 	// It relies on the lock for as long as its context goes on, unless it was not
-	// given the processor in time to see it end. Nor may the timer have been that
-	// ends it: beside burning goroutines it was late in one of seventy cases, by up
-	// to 12 ms.
-	const late = 50 * time.Millisecond
+	// given the processor in time to see it end. The timer that ends the context can
+	// be late, too: beside burning goroutines one in seventy was, by up to 12 ms.
+	const timerLate = 50 * time.Millisecond
 	relied := got
 	work := time.Now().Add(rand.N(2 * ttl))
 	err = state.Hold(context.Background(), lock, ttl, func(ctx context.Context, given uint64) error {
@@ -588,7 +587,7 @@ func (l *load) awaitAndHold(client int, s state.Store, name string, ttl time.Dur
 				return context.Cause(ctx)
 			}
 			if !paused {
-				relied = max(relied, l.now()-int64(time.Since(began)+late))
+				relied = max(relied, l.now()-int64(time.Since(began)+timerLate))
 			}
 		}
 		return nil
@@ -824,41 +823,31 @@ func (l *load) refreshLate(ctx context.Context, client int, s, reader state.Stor
 // readUntil reads a key, in one way after another, until done is closed. It
 // returns the reads that did not find the key.
 func (l *load) readUntil(done <-chan struct{}, s state.Store, key string) (missed []suspect) {
+	type read struct {
+		name string
+		f    func() (found int, err error)
+	}
+	get := read{"Get", func() (int, error) { _, err := s.Get(key); return 1, err }}
+	reads := []read{
+		get, {"Keys of the key", func() (int, error) { keys, err := s.Keys(key); return len(keys), err }},
+		get, {"Keys", func() (int, error) { keys, err := s.Keys(key + "*"); return len(keys), err }},
+		get, {"Entries", func() (int, error) { entries, err := s.Entries(key + "*"); return len(entries), err }},
+	}
 	for n := 0; ; n++ {
 		select {
 		case <-done:
 			return missed
 		case <-time.After(5 * l.pace):
 		}
-		call, what, found := l.now(), "Get", false
-		var err error
-		switch n % 6 {
-		case 0, 2, 4:
-			_, err = s.Get(key)
-			found = err == nil
-		case 1:
-			what = "Keys of the key"
-			var keys []string
-			keys, err = s.Keys(key)
-			found = len(keys) > 0
-		case 3:
-			what = "Keys"
-			var keys []string
-			keys, err = s.Keys(key + "*")
-			found = len(keys) > 0
-		case 5:
-			what = "Entries"
-			var entries []*state.KeyValue
-			entries, err = s.Entries(key + "*")
-			found = len(entries) > 0
-		}
+		read, call := reads[n%len(reads)], l.now()
+		found, err := read.f()
+		ret := l.now()
 		l.bounded("read", call)
 		switch {
-		case err != nil && err != state.ErrNotFound: //nolint:errorlint // bare
-			l.unexpected(what, err)
-		case !found:
-			ret := l.now()
-			missed = append(missed, suspect{call, ret, fmt.Sprintf("%s did not find %s from %.6f to %.6f", what, key, float64(call)/1e9, float64(ret)/1e9)})
+		case err == state.ErrNotFound, err == nil && found == 0: //nolint:errorlint // bare
+			missed = append(missed, suspect{call, ret, fmt.Sprintf("%s did not find %s from %.6f to %.6f", read.name, key, float64(call)/1e9, float64(ret)/1e9)})
+		case err != nil:
+			l.unexpected(read.name, err)
 		}
 	}
 }
