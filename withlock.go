@@ -40,8 +40,9 @@ const (
 // ctx replaces any context that store is bound to. It bounds the acquisition only:
 // the lock can be refreshed after ctx has ended. On both stores waiting does not
 // poll; a release or the end of the lease wakes a waiter. ([NATSStoreConfig] names
-// the exceptions.) On a store that wraps one of them, Acquire tries again after
-// pauses that grow to a second, and when the holder's lease ends.
+// the exceptions.) On a store that wraps one of them, Acquire asks LockHolder
+// after pauses that grow to a second, and when the holder's lease ends, and tries
+// again when nobody holds the lock.
 func Acquire(ctx context.Context, store StateStore, key string, ttl time.Duration) (Lock, error) {
 	lock, _, err := acquire(ctx, store, key, ttl)
 	return lock, err
@@ -90,7 +91,6 @@ func acquire(ctx context.Context, store StateStore, key string, ttl time.Duratio
 // counted on.
 func pollLock(ctx context.Context, store StateStore, key string, ttl time.Duration) (Lock, time.Time, error) {
 	full, _ := store.(Store)
-	held := false
 	for retry := (backoff{minLockPause, maxLockPause}); ; {
 		var lock Lock
 		var err error
@@ -100,22 +100,32 @@ func pollLock(ctx context.Context, store StateStore, key string, ttl time.Durati
 		} else {
 			lock, err = lockWithin(ctx, full, key, ttl)
 		}
-		if err != nil && held && ctx.Err() != nil && !errors.Is(err, ErrOutcomeUnknown) {
-			return nil, time.Time{}, ErrLockHeld
-		}
 		if err != ErrLockHeld {
 			return lock, asked.Add(ttl), err
 		}
-		held = true
-		limit := time.Duration(math.MaxInt64)
-		if full != nil {
-			if info, err := full.WithContext(ctx).LockHolder(key); err == nil && !info.Expires.IsZero() {
-				limit = max(time.Until(info.Expires), minLockPause)
-			}
-		}
-		retry.wait(ctx, limit)
-		if ctx.Err() != nil {
+		if !awaitRelease(ctx, full, key, &retry) {
 			return nil, time.Time{}, ErrLockHeld
+		}
+	}
+}
+
+// awaitRelease waits until a lock that is held may be free, and reports whether
+// that happened before ctx ended. It only looks: an attempt that ctx cuts short
+// would leave it unknown who holds the lock. A store that cannot look is nil.
+func awaitRelease(ctx context.Context, store Store, key string, retry *backoff) bool {
+	for limit := time.Duration(math.MaxInt64); ; {
+		retry.wait(ctx, limit)
+		if store == nil || ctx.Err() != nil {
+			return ctx.Err() == nil
+		}
+		info, err := store.WithContext(ctx).LockHolder(key)
+		switch {
+		case ctx.Err() != nil:
+			return false
+		case err != nil:
+			return true // nobody, or the next attempt says why not
+		case !info.Expires.IsZero():
+			limit = max(time.Until(info.Expires), minLockPause)
 		}
 	}
 }

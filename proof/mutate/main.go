@@ -45,6 +45,7 @@ var suite = map[string]string{
 	"embed":            ". -run ^TestStoresThatEmbed$",
 	"ends-at-once":     ". -run ^TestKeepAliveThatEndsAtOnce$",
 	"acquire-doubt":    ". -run ^TestAcquireInDoubt$",
+	"acquire-tries":    ". -run ^TestAcquireTriesOnce$",
 	"stale-watch":      ". -run ^TestWatchBehindAStaleLeader$",
 	"late-writes":      ". -run ^TestLateWriteUndoesNothing$",
 	"binding":          ". -run ^TestBindLeavesWhatTheOperatorSet$",
@@ -185,7 +186,8 @@ var mutations = []mutation{
 	{"one-key-of-a-stale-leader", []edit{{"	if !p.wild && (since == 0 || !b.replicated()) {", "	if !p.wild {"}}, []string{"one-key"}},
 	{"stores-that-embed-are-bypassed", []edit{{"is && s.self() == store", "is && s.self() != nil"}}, []string{"embed"}},
 	{"a-create-in-doubt-is-left", []edit{{"if err == nil && k.current == 0 && k.inDoubt != nil {", "if false {"}}, []string{"ends-at-once"}},
-	{"acquire-hides-doubt", []edit{{"held && ctx.Err() != nil && !errors.Is(err, ErrOutcomeUnknown) {\n			return nil, time.Time{}, ErrLockHeld", "held && ctx.Err() != nil {\n			return nil, time.Time{}, ErrLockHeld"}}, []string{"acquire-doubt"}},
+	{"acquire-hides-doubt", []edit{{"		if err != ErrLockHeld {\n			return lock, asked.Add(ttl), err", "		if err != nil && ctx.Err() != nil {\n			return nil, time.Time{}, ErrLockHeld\n		}\n		if err != ErrLockHeld {\n			return lock, asked.Add(ttl), err"}}, []string{"acquire-doubt"}},
+	{"acquire-tries-while-held", []edit{{"		if store == nil || ctx.Err() != nil {\n			return ctx.Err() == nil", "		if store == nil || ctx != nil {\n			return ctx.Err() == nil"}}, []string{"acquire-tries"}},
 	{"a-stale-leader-ends-a-watch", []edit{{"		return a, errStaleLeader\n", "		return a, errBucketGone\n"}}, []string{"stale-watch"}},
 	{"entries-with-the-deleted", []edit{
 		{"	for r := range l.existing() {\n		entries", "	for i := range l.all {\n		r := &l.all[i]\n		entries"},
