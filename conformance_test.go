@@ -104,6 +104,15 @@ func mustGet(t *testing.T, s StateStore, key string) *KeyValue {
 	return kv
 }
 
+// calmly plays a round with a TTL, and doubles it until the round reports that
+// nothing lapsed too soon, which is up to a busy machine if the TTL is short.
+func calmly(t *testing.T, ttl time.Duration, round func(ttl time.Duration) bool) {
+	t.Helper()
+	for longest := 8 * ttl; !round(ttl); ttl *= 2 {
+		require.Less(t, ttl, longest, "it lapses too soon, whatever its TTL")
+	}
+}
+
 // mustLock acquires a lock that is free. A lease can be shorter than the answer
 // takes on a machine that is busy; then it tries again.
 func mustLock(t *testing.T, s StateStore, key string, ttl time.Duration) Lock {
