@@ -180,39 +180,48 @@ var functionCases = []conformanceCase{
 	}},
 	{"keep-alive", "KeepAlive writes the key at once and then every third of the TTL; when ctx ends it deletes the key and returns nil", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
-		events := mustWatch(t, b, "*")
-		ctx, cancel := context.WithCancel(context.Background())
-		done := make(chan error)
-		n := 0
-		go func() {
-			done <- KeepAlive(ctx, a, "k", 1500*time.Millisecond, func() []byte {
-				n++
-				return fmt.Append(nil, n)
-			})
-		}()
-		var first, last *KeyValue
-		for i := range 6 { // 2.5 seconds
-			kv := receive(t, events)
-			require.Equal(t, "put k", brief(kv), "without an expiry")
-			require.Equal(t, fmt.Sprint(i+1), string(kv.Value))
-			require.True(t, kv.Expires.Equal(kv.Modified.Add(1500*time.Millisecond)))
-			if first == nil {
-				first = kv
+		calmly(t, 1500*time.Millisecond, func(ttl time.Duration) bool {
+			events := mustWatch(t, b, "*")
+			ctx, cancel := context.WithCancel(context.Background())
+			done := make(chan error)
+			n, began := 0, time.Now()
+			go func() {
+				done <- KeepAlive(ctx, a, "k", ttl, func() []byte {
+					n++
+					return fmt.Append(nil, n)
+				})
+			}()
+			var first, last *KeyValue
+			for i := range 6 { // longer than the TTL
+				kv := receive(t, events)
+				if brief(kv) == "delete k" {
+					cancel()
+					require.NoError(t, <-done)
+					return false
+				}
+				require.Equal(t, "put k", brief(kv))
+				require.Equal(t, fmt.Sprint(i+1), string(kv.Value))
+				require.True(t, kv.Expires.Equal(kv.Modified.Add(ttl)))
+				if first == nil {
+					first = kv
+				}
+				assert.True(t, kv.Created.Equal(first.Created))
+				last = kv
 			}
-			assert.True(t, kv.Created.Equal(first.Created))
-			last = kv
-		}
-		assert.GreaterOrEqual(t, last.Modified.Sub(first.Modified), 2*time.Second, "and none too soon")
-		cancel()
-		require.NoError(t, <-done)
-		deleted := receive(t, events)
-		assert.Equal(t, "delete k", brief(deleted))
-		assert.Greater(t, deleted.Revision, last.Revision, "it was deleted and did not expire")
-		_, err := b.Get("k")
-		refuses(t, ErrNotFound, err)
-
-		require.NoError(t, KeepAlive(ctx, a, "k", time.Minute, nil), "nothing is written after ctx has ended")
-		deliversNext(t, b, events, "end")
+			assert.GreaterOrEqual(t, time.Since(began), 5*ttl/3, "and none too soon")
+			cancel()
+			require.NoError(t, <-done)
+			deleted := receive(t, events)
+			assert.Equal(t, "delete k", brief(deleted))
+			_, err := b.Get("k")
+			refuses(t, ErrNotFound, err)
+			if deleted.Revision == last.Revision {
+				return false // it expired
+			}
+			require.NoError(t, KeepAlive(ctx, a, "k", time.Minute, nil), "nothing is written after ctx has ended")
+			deliversNext(t, b, events, "end")
+			return true
+		})
 	}},
 	{"keep-alive-spares-others", "KeepAlive deletes only what it wrote last", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
@@ -375,29 +384,33 @@ var acquireCases = []conformanceCase{
 	}},
 	{"acquire-takes-over", "Acquire gets the lock when the lease of a dead holder ends, and not before; not while it is refreshed", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
-		const ttl = 400 * time.Millisecond
 		for name, s := range map[string]Store{"itself": b, "wrapped": meddler{Store: b}} {
-			l := mustLock(t, a, "l", ttl)
-			refreshed := time.Now()
-			var wg sync.WaitGroup
-			wg.Go(func() {
-				for range 3 {
-					time.Sleep(ttl / 4)
-					asked := time.Now()
-					if !assert.NoError(t, l.Refresh(), name) {
-						return
+			calmly(t, 400*time.Millisecond, func(ttl time.Duration) bool {
+				l := mustLock(t, a, "l", ttl)
+				refreshed, inTime := time.Now(), true
+				var wg sync.WaitGroup
+				wg.Go(func() {
+					for range 3 {
+						time.Sleep(ttl / 4)
+						asked := time.Now()
+						if err := l.Refresh(); err != nil {
+							refuses(t, ErrLockExpired, err, name)
+							inTime = false
+							return
+						}
+						refreshed = asked
 					}
-					refreshed = asked
-				}
+				})
+				next, err := Acquire(context.Background(), s, "l", time.Minute)
+				took := time.Now()
+				require.NoError(t, err, name)
+				wg.Wait()
+				assert.GreaterOrEqual(t, took.Sub(refreshed), ttl, name)
+				assert.Less(t, took.Sub(refreshed), ttl+2*time.Second, name)
+				refuses(t, ErrLockExpired, l.Refresh())
+				require.NoError(t, next.Unlock())
+				return inTime
 			})
-			next, err := Acquire(context.Background(), s, "l", time.Minute)
-			took := time.Now()
-			require.NoError(t, err, name)
-			wg.Wait()
-			assert.GreaterOrEqual(t, took.Sub(refreshed), ttl, name)
-			assert.Less(t, took.Sub(refreshed), ttl+2*time.Second, name)
-			refuses(t, ErrLockExpired, l.Refresh())
-			require.NoError(t, next.Unlock())
 		}
 	}},
 	{"acquire-takes-turns", "a client that waited for a lock, releases it and waits again does not starve the other waiters", func(t *testing.T, dial func() Store) {
@@ -576,19 +589,26 @@ func limit(l Lock, n int32) limited {
 var holdCases = []conformanceCase{
 	{"hold", "Hold refreshes a lock while fn runs and unlocks it afterwards", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
-		l := mustLock(t, a, "l", 1500*time.Millisecond)
 		own := errors.New("its own")
-		err := Hold(context.Background(), l, 1500*time.Millisecond, func(ctx context.Context, token uint64) error {
-			assert.Equal(t, l.(Fenced).Token(), token)
-			time.Sleep(2500 * time.Millisecond) // longer than the lease
-			assert.NoError(t, ctx.Err())
-			_, err := b.Lock("l", time.Minute)
-			refuses(t, ErrLockHeld, err)
-			return own
+		calmly(t, 1500*time.Millisecond, func(ttl time.Duration) bool {
+			l := mustLock(t, a, fmt.Sprintf("l.%d", ttl), ttl)
+			err := Hold(context.Background(), l, ttl, func(ctx context.Context, token uint64) error {
+				assert.Equal(t, l.(Fenced).Token(), token)
+				time.Sleep(ttl * 5 / 3) // longer than the lease
+				_, err := b.Lock(l.Key(), time.Minute)
+				if ctx.Err() == nil {
+					refuses(t, ErrLockHeld, err)
+				}
+				return own
+			})
+			if errors.Is(err, ErrLockExpired) {
+				return false
+			}
+			refuses(t, own, err)
+			refuses(t, ErrLockNotHeld, l.Unlock())
+			require.NoError(t, mustLock(t, b, l.Key(), time.Minute).Unlock())
+			return true
 		})
-		refuses(t, own, err)
-		refuses(t, ErrLockNotHeld, l.Unlock())
-		require.NoError(t, mustLock(t, b, "l", time.Minute).Unlock())
 	}},
 	{"hold-starts-fresh", "fn starts with at least two thirds of the lease left", func(t *testing.T, dial func() Store) {
 		s := dial()

@@ -75,15 +75,25 @@ var lockCases = []conformanceCase{
 	}},
 	{"refresh", "Refresh restarts the TTL", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
-		l := mustLock(t, a, "l", 1500*time.Millisecond)
-		for range 6 {
-			time.Sleep(500 * time.Millisecond)
-			require.NoError(t, l.Refresh())
-			_, err := b.Lock("l", time.Minute)
-			refuses(t, ErrLockHeld, err)
-		}
-		require.NoError(t, l.Unlock())
-		require.NoError(t, mustLock(t, b, "l", time.Minute).Unlock())
+		calmly(t, 1500*time.Millisecond, func(ttl time.Duration) bool {
+			l := mustLock(t, a, fmt.Sprintf("l.%d", ttl), ttl)
+			for range 6 {
+				time.Sleep(ttl / 3)
+				if err := l.Refresh(); err != nil {
+					refuses(t, ErrLockExpired, err)
+					return false
+				}
+				if !denied(t, b, l) {
+					return false
+				}
+			}
+			if err := l.Unlock(); err != nil {
+				refuses(t, ErrLockNotHeld, err)
+				return false
+			}
+			require.NoError(t, mustLock(t, b, l.Key(), time.Minute).Unlock())
+			return true
+		})
 	}},
 	{"locks-are-invisible", "a lock is never visible through Get, Keys or Watch", func(t *testing.T, dial func() Store) {
 		s := dial()
@@ -284,19 +294,25 @@ var updateCases = []conformanceCase{
 var withLockCases = []conformanceCase{
 	{"with-lock", "WithLock runs fn while it holds the lock and unlocks it after", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
-		ran := false
-		err := WithLock(context.Background(), a, "l", 1500*time.Millisecond, func(ctx context.Context, token uint64) error {
-			ran = true
-			assert.NotZero(t, token)
-			time.Sleep(2500 * time.Millisecond) // longer than the lease
-			assert.NoError(t, ctx.Err())
-			_, err := b.Lock("l", time.Minute)
-			refuses(t, ErrLockHeld, err)
-			return nil
+		calmly(t, 1500*time.Millisecond, func(ttl time.Duration) bool {
+			key := fmt.Sprintf("l.%d", ttl)
+			held := false
+			err := WithLock(context.Background(), a, key, ttl, func(ctx context.Context, token uint64) error {
+				assert.NotZero(t, token)
+				time.Sleep(ttl * 5 / 3) // longer than the lease
+				_, err := b.Lock(key, time.Minute)
+				if held = ctx.Err() == nil; held {
+					refuses(t, ErrLockHeld, err)
+				}
+				return nil
+			})
+			if err != nil || !held {
+				refuses(t, ErrLockExpired, err)
+				return false
+			}
+			require.NoError(t, mustLock(t, b, key, time.Minute).Unlock())
+			return true
 		})
-		require.NoError(t, err)
-		assert.True(t, ran)
-		require.NoError(t, mustLock(t, b, "l", time.Minute).Unlock())
 	}},
 	{"with-lock-errors", "the error tells apart: not acquired in time, fn's own error, lost on the way", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()

@@ -108,9 +108,23 @@ func mustGet(t *testing.T, s StateStore, key string) *KeyValue {
 // nothing lapsed too soon, which is up to a busy machine if the TTL is short.
 func calmly(t *testing.T, ttl time.Duration, round func(ttl time.Duration) bool) {
 	t.Helper()
-	for longest := 8 * ttl; !round(ttl); ttl *= 2 {
+	for longest := 4 * ttl; !round(ttl); ttl *= 2 {
 		require.Less(t, ttl, longest, "it lapses too soon, whatever its TTL")
 	}
+}
+
+// denied requires that another client is refused a lock, unless its lease has lapsed,
+// and reports which it is.
+func denied(t *testing.T, other Store, l Lock) bool {
+	t.Helper()
+	next, err := other.Lock(l.Key(), time.Minute)
+	if err != nil {
+		refuses(t, ErrLockHeld, err)
+		return true
+	}
+	refuses(t, ErrLockExpired, l.Refresh())
+	require.NoError(t, next.Unlock())
+	return false
 }
 
 // mustLock acquires a lock that is free. A lease can be shorter than the answer
@@ -476,11 +490,18 @@ var ttlCases = []conformanceCase{
 	}},
 	{"fractional-ttl", "a TTL is not cut to whole seconds", func(t *testing.T, dial func() Store) {
 		s := dial()
-		before := time.Now()
-		require.NoError(t, s.Put("k", nil, 1300*time.Millisecond))
-		eventually(t, func() bool { _, err := s.Get("k"); return err != nil }, "expiry")
-		assert.GreaterOrEqual(t, time.Since(before), 1300*time.Millisecond)
-		assert.Less(t, time.Since(before), 1900*time.Millisecond)
+		const ttl = 1300 * time.Millisecond
+		for round := 1; ; round++ { // again if the machine was busy
+			before := time.Now()
+			require.NoError(t, s.Put("k", nil, ttl))
+			eventually(t, func() bool { _, err := s.Get("k"); return err != nil }, "expiry")
+			took := time.Since(before)
+			require.GreaterOrEqual(t, took, ttl)
+			if took < 1900*time.Millisecond {
+				return
+			}
+			require.Less(t, round, 4, "it lives for %v", took)
+		}
 	}},
 }
 

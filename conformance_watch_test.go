@@ -95,20 +95,27 @@ var watchCases = []conformanceCase{
 	}},
 	{"watch-expiry-of-the-old", "expiries of values put before the watch began are delivered, too", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
-		require.NoError(t, a.Put("k.1", nil, 1500*time.Millisecond))
-		require.NoError(t, a.Put("k.2", nil, 2*time.Second))
-		require.NoError(t, a.Put("k.3", nil, 0))
-		require.NoError(t, a.Put("x", nil, 1500*time.Millisecond))
-		one, two := mustGet(t, a, "k.1").Revision, mustGet(t, a, "k.2").Revision
-		wide, exact := mustWatch(t, b, "k.*"), mustWatch(t, b, "k.2")
-		first := receive(t, wide)
-		assert.Equal(t, "delete k.1", brief(first))
-		assert.Equal(t, one, first.Revision)
-		second := receive(t, wide)
-		assert.Equal(t, "delete k.2", brief(second))
-		assert.Equal(t, two, second.Revision)
-		assert.Equal(t, second, receive(t, exact))
-		deliversNext(t, a, wide, "k.4")
+		calmly(t, 1500*time.Millisecond, func(ttl time.Duration) bool {
+			require.NoError(t, a.Put("k.1", nil, ttl))
+			require.NoError(t, a.Put("k.2", nil, ttl*4/3))
+			require.NoError(t, a.Put("k.3", nil, 0))
+			require.NoError(t, a.Put("x", nil, ttl))
+			wide, exact := mustWatch(t, b, "k.*"), mustWatch(t, b, "k.2")
+			one, err := a.GetKeyValue("k.1")
+			two, err2 := a.GetKeyValue("k.2")
+			if err != nil || err2 != nil {
+				return false
+			}
+			first := receive(t, wide)
+			assert.Equal(t, "delete k.1", brief(first))
+			assert.Equal(t, one.Revision, first.Revision)
+			second := receive(t, wide)
+			assert.Equal(t, "delete k.2", brief(second))
+			assert.Equal(t, two.Revision, second.Revision)
+			assert.Equal(t, second, receive(t, exact))
+			deliversNext(t, a, wide, "k.4")
+			return true
+		})
 	}},
 	{"watch-expired-before", "what had expired before the watch began is not delivered", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
@@ -119,20 +126,31 @@ var watchCases = []conformanceCase{
 	}},
 	{"watch-refreshed", "a value that was refreshed in time is never reported as expired", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
-		require.NoError(t, a.Put("k", nil, 1500*time.Millisecond))
-		events := mustWatch(t, b, "*")
-		last := mustGet(t, a, "k").Revision
-		for range 8 {
-			time.Sleep(400 * time.Millisecond)
-			require.NoError(t, a.Put("k", nil, 1500*time.Millisecond))
+		calmly(t, 1500*time.Millisecond, func(ttl time.Duration) bool {
+			key := fmt.Sprintf("k.%d", ttl)
+			require.NoError(t, a.Put(key, nil, ttl))
+			last, err := a.GetKeyValue(key)
+			if err != nil {
+				return false
+			}
+			events := mustWatch(t, b, key)
+			for range 8 {
+				time.Sleep(ttl / 4)
+				require.NoError(t, a.Put(key, nil, ttl))
+				kv := receive(t, events)
+				if brief(kv) == "delete "+key { // a Put after that begins anew
+					require.True(t, receive(t, events).Created.After(last.Created), "it was refreshed in time")
+					return false
+				}
+				require.Equal(t, "put "+key, brief(kv))
+				require.Greater(t, kv.Revision, last.Revision)
+				last = kv
+			}
 			kv := receive(t, events)
-			require.Equal(t, "put k", brief(kv))
-			require.Greater(t, kv.Revision, last)
-			last = kv.Revision
-		}
-		kv := receive(t, events)
-		assert.Equal(t, "delete k", brief(kv))
-		assert.Equal(t, last, kv.Revision)
+			assert.Equal(t, "delete "+key, brief(kv))
+			assert.Equal(t, last.Revision, kv.Revision)
+			return true
+		})
 	}},
 	{"watch-put-after-expiry", "a Put after the deadline comes after the expiry, as a new key", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
