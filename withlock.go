@@ -120,10 +120,12 @@ func awaitRelease(ctx context.Context, store Store, key string, retry *backoff) 
 		}
 		info, err := store.WithContext(ctx).LockHolder(key)
 		switch {
+		case err == ErrNotFound:
+			return true
 		case ctx.Err() != nil:
 			return false
 		case err != nil:
-			return true // nobody, or the next attempt says why not
+			return true // the next attempt says why
 		case !info.Expires.IsZero():
 			limit = max(time.Until(info.Expires), minLockPause)
 		}
