@@ -95,15 +95,15 @@ var watchCases = []conformanceCase{
 	}},
 	{"watch-expiry-of-the-old", "expiries of values put before the watch began are delivered, too", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
-		calmly(t, 1500*time.Millisecond, func(ttl time.Duration) bool {
+		withLongerTTL(t, 1500*time.Millisecond, func(ttl time.Duration) bool {
 			require.NoError(t, a.Put("k.1", nil, ttl))
 			require.NoError(t, a.Put("k.2", nil, ttl*4/3))
 			require.NoError(t, a.Put("k.3", nil, 0))
 			require.NoError(t, a.Put("x", nil, ttl))
 			wide, exact := mustWatch(t, b, "k.*"), mustWatch(t, b, "k.2")
-			one, err := a.GetKeyValue("k.1")
-			two, err2 := a.GetKeyValue("k.2")
-			if err != nil || err2 != nil {
+			one, errOne := a.GetKeyValue("k.1")
+			two, errTwo := a.GetKeyValue("k.2")
+			if errOne != nil || errTwo != nil {
 				return false
 			}
 			first := receive(t, wide)
@@ -126,19 +126,19 @@ var watchCases = []conformanceCase{
 	}},
 	{"watch-refreshed", "a value that was refreshed in time is never reported as expired", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
-		calmly(t, 1500*time.Millisecond, func(ttl time.Duration) bool {
+		withLongerTTL(t, 1500*time.Millisecond, func(ttl time.Duration) bool {
 			key := fmt.Sprintf("k.%d", ttl)
 			require.NoError(t, a.Put(key, nil, ttl))
 			last, err := a.GetKeyValue(key)
 			if err != nil {
 				return false
 			}
-			events := mustWatch(t, b, key)
+			events := mustWatch(t, b, key+"*")
 			for range 8 {
 				time.Sleep(ttl / 4)
 				require.NoError(t, a.Put(key, nil, ttl))
 				kv := receive(t, events)
-				if brief(kv) == "delete "+key { // a Put after that begins anew
+				if brief(kv) == "delete "+key { // then the next Put creates a new key
 					require.True(t, receive(t, events).Created.After(last.Created), "it was refreshed in time")
 					return false
 				}

@@ -18,8 +18,8 @@ type lockWaiter interface {
 }
 
 const (
-	// The pause between two attempts of Acquire on a store that is no
-	// lockWaiter, and after a failure.
+	// The pause of Acquire after a failure and, on a store that is no lockWaiter,
+	// between two looks at a lock.
 	minLockPause = 5 * time.Millisecond
 	maxLockPause = time.Second
 	// maxLapsed is how many leases in a row may lapse before they can be used.
@@ -41,8 +41,9 @@ const (
 // the lock can be refreshed after ctx has ended. On both stores waiting does not
 // poll; a release or the end of the lease wakes a waiter. ([NATSStoreConfig] names
 // the exceptions.) On a store that wraps one of them, Acquire asks LockHolder
-// after pauses that grow to a second, and when the holder's lease ends, and tries
-// again when nobody holds the lock.
+// after pauses that grow to a second, and when the lease that it found ends. It
+// tries again when nobody holds the lock. So LockHolder of such a store has to
+// report the locks that its Lock acquires.
 func Acquire(ctx context.Context, store StateStore, key string, ttl time.Duration) (Lock, error) {
 	lock, _, err := acquire(ctx, store, key, ttl)
 	return lock, err
@@ -110,11 +111,17 @@ func pollLock(ctx context.Context, store StateStore, key string, ttl time.Durati
 }
 
 // awaitRelease waits until a lock that is held may be free, and reports whether
-// that happened before ctx ended. It only looks: an attempt that ctx cuts short
-// would leave it unknown who holds the lock. A store that cannot look is nil.
+// that happened before ctx ended. It does not try to acquire the lock: if ctx cut
+// such an attempt short, nobody would know who holds it. store is nil if it cannot
+// say who does; then awaitRelease only pauses.
 func awaitRelease(ctx context.Context, store Store, key string, retry *backoff) bool {
-	for limit := time.Duration(math.MaxInt64); ; {
-		retry.wait(ctx, limit)
+	for end := (time.Time{}); ; { // of the lease that it found last
+		pause := retry.next()
+		if left := time.Until(end); 0 < left && left < pause {
+			pause = left
+			*retry = backoff{minLockPause, maxLockPause} // it is free soon after that
+		}
+		sleep(ctx, pause)
 		if store == nil || ctx.Err() != nil {
 			return ctx.Err() == nil
 		}
@@ -122,12 +129,10 @@ func awaitRelease(ctx context.Context, store Store, key string, retry *backoff) 
 		switch {
 		case err == ErrNotFound:
 			return true
-		case ctx.Err() != nil:
-			return false
-		case err != nil:
-			return true // the next attempt says why
-		case !info.Expires.IsZero():
-			limit = max(time.Until(info.Expires), minLockPause)
+		case err == nil:
+			end = info.Expires
+		default:
+			return ctx.Err() == nil // the next attempt says why
 		}
 	}
 }
@@ -135,6 +140,9 @@ func awaitRelease(ctx context.Context, store Store, key string, retry *backoff) 
 // lockWithin is Lock, bounded by ctx. Unlike with store.WithContext(ctx), the
 // Refresh of the lock is not.
 func lockWithin(ctx context.Context, store Store, key string, ttl time.Duration) (Lock, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, opError("lock", key, err)
+	}
 	call, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, cancel)
 	lock, err := store.WithContext(call).Lock(key, ttl)
