@@ -51,16 +51,23 @@ func (l *load) show(kv *state.KeyValue) {
 	if kv.Value == nil || kv.Created.IsZero() || kv.Modified.Before(kv.Created) || kv.Operation != state.OpPut || kv.Revision == 0 {
 		l.broke("malformed entry %+v", brief(kv))
 	}
-	l.mu.Lock()
-	w := l.values[kv.Key][string(kv.Value)]
-	l.mu.Unlock()
-	switch {
+	switch w := l.writeOf(kv); {
 	case w == nil:
 		l.broke("%s: nobody wrote %q", kv.Key, brief(kv).Value)
 	case l.loose:
 	case (w.ttl == 0) != kv.Expires.IsZero() || w.ttl > 0 && !kv.Expires.Equal(kv.Modified.Add(w.ttl)):
 		l.broke("%s: revision %d of %v expires at %v with a TTL of %v", kv.Key, kv.Revision, kv.Modified, kv.Expires, w.ttl)
 	}
+}
+
+// writeOf returns the write of a value, nil for a deletion.
+func (l *load) writeOf(kv *state.KeyValue) *write {
+	if kv.Operation != state.OpPut {
+		return nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.values[kv.Key][string(kv.Value)]
 }
 
 // brief returns an entry without most of a long value.
@@ -79,8 +86,13 @@ type watched struct {
 
 	mu     sync.Mutex // guards what follows
 	events map[string][]*state.KeyValue
+	passed []passing
 	ended  bool
 }
+
+// A passing is an event's write: what had been written before that, the watch had
+// dealt with when the event came.
+type passing struct{ written, came int64 }
 
 func (w *watched) start(ctx context.Context, l *load, s state.Store) error {
 	w.events = map[string][]*state.KeyValue{}
@@ -129,6 +141,9 @@ func (w *watched) take(l *load, kv *state.KeyValue) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	told := w.events[kv.Key]
+	if is := l.writeOf(kv); is != nil {
+		w.passed = append(w.passed, passing{is.call, l.now()})
+	}
 	w.check(l, told, kv)
 	w.events[kv.Key] = append(told, kv)
 }
@@ -266,7 +281,7 @@ func (l *load) endWatches(reader state.Store, cache *state.Cache) {
 		if err := eventually(l.catchUp, func() error { return w.differs(l, final) }); err != nil {
 			l.broke("%v: %v", w, err)
 		}
-		if !w.slow && !l.cut.Load() {
+		if !w.slow && (!w.follow || !l.cut.Load()) { // a Follow may have begun again
 			w.checkComplete(l)
 		}
 	}
@@ -329,10 +344,12 @@ func (w *watched) differs(l *load, final map[string]*state.KeyValue) error {
 	return nil
 }
 
-// stood is how long a state must have stood to be reported for certain.
-const stood = time.Second
+// stood is how long a value must have stood after the watch had dealt with what came
+// next. (After its deadline it may be replaced by a watch's marker.)
+const stood = 500 * time.Millisecond
 
-// checkComplete checks that nothing was skipped but what was replaced at once.
+// checkComplete checks that nothing was skipped but what was gone before the watch
+// could deliver it.
 func (w *watched) checkComplete(l *load) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -347,18 +364,35 @@ func (w *watched) checkComplete(l *load) {
 			told[string(kv.Value)] = true
 		}
 		for _, is := range writes {
-			if is.value == "" || is.ret == never || told[is.value] || is.ttl > 0 && is.ttl < 200*time.Millisecond {
+			if is.value == "" || is.ret == never || told[is.value] {
 				continue
 			}
-			replaced := false
-			for _, other := range writes {
-				replaced = replaced || other != is && other.ret > is.call && other.call < is.ret+int64(stood+l.transfer+l.slack())
+			gone := int64(never)
+			if is.ttl > 0 {
+				gone = is.call + int64(is.ttl)
 			}
-			if !replaced && len(l.broken) < 20 {
-				l.broken = append(l.broken, fmt.Sprintf("%v: %s: %.20q, which stood for %v, was not reported", w, key, is.value, stood))
+			for _, other := range writes {
+				if other != is && other.ret > is.call {
+					gone = min(gone, other.call)
+				}
+			}
+			past := w.past(is.ret)
+			if past < gone-int64(stood+l.transfer) && len(l.broken) < 20 {
+				l.broken = append(l.broken, fmt.Sprintf("%v: %s: %.20q, which was written from %v to %v and stood until %v, was not reported, and what was written after it came at %v",
+					w, key, is.value, time.Duration(is.call), time.Duration(is.ret), time.Duration(gone), time.Duration(past)))
 			}
 		}
 	}
+}
+
+// past returns when the watch had dealt with what was written until then.
+func (w *watched) past(then int64) int64 {
+	for _, p := range w.passed { // in the order in which they came
+		if p.written > then {
+			return p.came
+		}
+	}
+	return never
 }
 
 // wasFull notes when there may have been no room even for a deletion.
