@@ -362,6 +362,7 @@ func heldToTheEnd(t *testing.T, acquire func(ctx context.Context) error, args ..
 	for _, wait := range []time.Duration{200 * time.Millisecond, 10 * time.Second} {
 		ctx, cancel := context.WithTimeout(context.Background(), wait)
 		err = acquire(ctx)
+		assert.Error(t, ctx.Err(), "it did not wait")
 		cancel()
 		if !errors.Is(err, context.DeadlineExceeded) {
 			break
@@ -375,7 +376,7 @@ var acquireCases = []conformanceCase{
 		a, b := dial(), dial()
 		for name, s := range map[string]StateStore{"itself": b, "wrapped": meddler{Store: b}, "a StateStore": struct{ StateStore }{b}} {
 			l := mustLock(t, a, "l", time.Minute)
-			got := make(chan Lock)
+			got := make(chan Lock, 1)
 			go func() {
 				l, err := Acquire(context.Background(), s, "l", time.Minute)
 				assert.NoError(t, err, name)
@@ -484,7 +485,8 @@ var acquireCases = []conformanceCase{
 		a, b := dial(), dial()
 		for _, freed := range []bool{false, true} { // at the last look
 			l := mustLock(t, a, "l", time.Minute)
-			ctx, cancel := context.WithCancel(context.Background())
+			ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+			defer cancel()
 			tries, looks := 0, 0
 			_, err := Acquire(ctx, meddler{Store: b, fail: func(op, _ string) error {
 				switch op {

@@ -42,8 +42,9 @@ const (
 // poll; a release or the end of the lease wakes a waiter. ([NATSStoreConfig] names
 // the exceptions.) On a store that wraps one of them, Acquire asks LockHolder
 // after pauses that grow to a second, and when the lease that it found ends. It
-// tries again when nobody holds the lock. So LockHolder of such a store has to
-// report the locks that its Lock acquires.
+// tries again when nobody holds the lock. There ErrLockHeld means that somebody held
+// it when Acquire last looked, and LockHolder has to report the locks that Lock
+// acquires. On a StateStore without LockHolder, Acquire tries again after each pause.
 func Acquire(ctx context.Context, store StateStore, key string, ttl time.Duration) (Lock, error) {
 	lock, _, err := acquire(ctx, store, key, ttl)
 	return lock, err
@@ -113,13 +114,12 @@ func pollLock(ctx context.Context, store StateStore, key string, ttl time.Durati
 // awaitRelease waits until a lock that is held may be free, and reports whether
 // that happened before ctx ended. It does not try to acquire the lock: if ctx cut
 // such an attempt short, nobody would know who holds it. store is nil if it cannot
-// say who does; then awaitRelease only pauses.
+// say who does. Then awaitRelease only pauses.
 func awaitRelease(ctx context.Context, store Store, key string, retry *backoff) bool {
 	for end := (time.Time{}); ; { // of the lease that it found last
-		pause := retry.next()
+		pause, ends := retry.next(), false
 		if left := time.Until(end); 0 < left && left < pause {
-			pause = left
-			*retry = backoff{minLockPause, maxLockPause} // it is free soon after that
+			pause, ends = left, true
 		}
 		sleep(ctx, pause)
 		if store == nil || ctx.Err() != nil {
@@ -130,6 +130,9 @@ func awaitRelease(ctx context.Context, store Store, key string, retry *backoff) 
 		case err == ErrNotFound:
 			return true
 		case err == nil:
+			if ends && !info.Expires.After(end) {
+				*retry = backoff{minLockPause, maxLockPause} // it is free soon
+			}
 			end = info.Expires
 		default:
 			return ctx.Err() == nil // the next attempt says why

@@ -1,9 +1,11 @@
 package proof
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -90,9 +92,12 @@ type watched struct {
 	ended  bool
 }
 
-// A passing is an event's write: what had been written before that, the watch had
-// dealt with when the event came.
-type passing struct{ written, came int64 }
+// A passing is the write of an event. When the event came, the watch had dealt with
+// all that had been acknowledged before that write began.
+type passing struct {
+	revision      uint64
+	written, came int64
+}
 
 func (w *watched) start(ctx context.Context, l *load, s state.Store) error {
 	w.events = map[string][]*state.KeyValue{}
@@ -142,7 +147,7 @@ func (w *watched) take(l *load, kv *state.KeyValue) {
 	defer w.mu.Unlock()
 	told := w.events[kv.Key]
 	if is := l.writeOf(kv); is != nil {
-		w.passed = append(w.passed, passing{is.call, l.now()})
+		w.passed = append(w.passed, passing{kv.Revision, is.call, l.now()})
 	}
 	w.check(l, told, kv)
 	w.events[kv.Key] = append(told, kv)
@@ -344,8 +349,8 @@ func (w *watched) differs(l *load, final map[string]*state.KeyValue) error {
 	return nil
 }
 
-// stood is how long a value must have stood after the watch had dealt with what came
-// next. (After its deadline it may be replaced by a watch's marker.)
+// stood is for how long a value must have stood after something later was delivered.
+// When its deadline has passed, the marker of a watch may replace it.
 const stood = 500 * time.Millisecond
 
 // checkComplete checks that nothing was skipped but what was gone before the watch
@@ -355,6 +360,7 @@ func (w *watched) checkComplete(l *load) {
 	defer w.mu.Unlock()
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	passed := w.inOrder()
 	for key, writes := range l.written {
 		if !state.MatchPattern(w.pattern, key) {
 			continue
@@ -376,23 +382,45 @@ func (w *watched) checkComplete(l *load) {
 					gone = min(gone, other.call)
 				}
 			}
-			past := w.past(is.ret)
-			if past < gone-int64(stood+l.transfer) && len(l.broken) < 20 {
+			came := past(passed, is.ret)
+			if came < gone-int64(stood+l.transfer) && len(l.broken) < 20 {
 				l.broken = append(l.broken, fmt.Sprintf("%v: %s: %.20q, which was written from %v to %v and stood until %v, was not reported, and what was written after it came at %v",
-					w, key, is.value, time.Duration(is.call), time.Duration(is.ret), time.Duration(gone), time.Duration(past)))
+					w, key, is.value, time.Duration(is.call), time.Duration(is.ret), time.Duration(gone), time.Duration(came)))
 			}
 		}
 	}
 }
 
-// past returns when the watch had dealt with what was written until then.
-func (w *watched) past(then int64) int64 {
-	for _, p := range w.passed { // in the order in which they came
-		if p.written > then {
-			return p.came
+// inOrder returns what the watch passed in the order of the stream, each written later
+// than the one before. An event that took the place of an older one, in a queue that
+// was full, came before its turn.
+func (w *watched) inOrder() []passing {
+	var kept []passing
+	next := uint64(math.MaxUint64)
+	for _, p := range slices.Backward(w.passed) {
+		if p.revision < next {
+			next = p.revision
+			kept = append(kept, p)
 		}
 	}
-	return never
+	slices.Reverse(kept)
+	last := int64(-1)
+	return slices.DeleteFunc(kept, func(p passing) bool {
+		if p.written <= last {
+			return true
+		}
+		last = p.written
+		return false
+	})
+}
+
+// past returns when the first thing that was written after then was delivered.
+func past(passed []passing, then int64) int64 {
+	i, _ := slices.BinarySearchFunc(passed, then, func(p passing, then int64) int { return cmp.Compare(p.written, then+1) })
+	if i == len(passed) {
+		return never
+	}
+	return passed[i].came
 }
 
 // wasFull notes when there may have been no room even for a deletion.

@@ -824,14 +824,14 @@ func (l *load) refreshLate(ctx context.Context, client int, s, reader state.Stor
 // returns the reads that did not find the key.
 func (l *load) readUntil(done <-chan struct{}, s state.Store, key string) (missed []suspect) {
 	type read struct {
-		name string
-		f    func() (found int, err error)
+		name, verb string // the verb that bounds it
+		f          func() (found int, err error)
 	}
-	get := read{"Get", func() (int, error) { _, err := s.Get(key); return 1, err }}
+	get := read{"Get", "read", func() (int, error) { _, err := s.Get(key); return 1, err }}
 	reads := []read{
-		get, {"Keys of the key", func() (int, error) { keys, err := s.Keys(key); return len(keys), err }},
-		get, {"Keys", func() (int, error) { keys, err := s.Keys(key + "*"); return len(keys), err }},
-		get, {"Entries", func() (int, error) { entries, err := s.Entries(key + "*"); return len(entries), err }},
+		get, {"Keys of the key", "read", func() (int, error) { keys, err := s.Keys(key); return len(keys), err }},
+		get, {"Keys", "listing", func() (int, error) { keys, err := s.Keys(key + "*"); return len(keys), err }},
+		get, {"Entries", "listing", func() (int, error) { entries, err := s.Entries(key + "*"); return len(entries), err }},
 	}
 	for n := 0; ; n++ {
 		select {
@@ -842,7 +842,7 @@ func (l *load) readUntil(done <-chan struct{}, s state.Store, key string) (misse
 		read, call := reads[n%len(reads)], l.now()
 		found, err := read.f()
 		ret := l.now()
-		l.bounded("read", call)
+		l.bounded(read.verb, call)
 		switch {
 		case err == state.ErrNotFound, err == nil && found == 0: //nolint:errorlint // bare
 			missed = append(missed, suspect{call, ret, fmt.Sprintf("%s did not find %s from %.6f to %.6f", read.name, key, float64(call)/1e9, float64(ret)/1e9)})

@@ -189,7 +189,7 @@ var mutations = []mutation{
 	{"acquire-hides-doubt", []edit{{"		if err != ErrLockHeld {\n			return lock, asked.Add(ttl), err", "		if err != nil && ctx.Err() != nil {\n			return nil, time.Time{}, ErrLockHeld\n		}\n		if err != ErrLockHeld {\n			return lock, asked.Add(ttl), err"}}, []string{"acquire-doubt"}},
 	{"acquire-tries-while-held", []edit{{"		if store == nil || ctx.Err() != nil {\n			return ctx.Err() == nil", "		if store == nil || ctx != nil {\n			return ctx.Err() == nil"}}, []string{"acquire-wrapped"}},
 	{"acquire-tries-after-its-end", []edit{{"	if err := ctx.Err(); err != nil {\n		return nil, opError(\"lock\", key, err)\n	}\n	call, cancel", "	call, cancel"}}, []string{"acquire-wrapped"}},
-	{"held-though-it-was-free", []edit{{"		case err == ErrNotFound:\n			return true\n		case err == nil:\n			end", "		case err == nil:\n			end"}}, []string{"acquire-wrapped"}},
+	{"held-though-it-was-free", []edit{{"		case err == ErrNotFound:\n			return true\n		case err == nil:\n			if ends", "		case err == nil:\n			if ends"}}, []string{"acquire-wrapped"}},
 	{"a-stale-leader-ends-a-watch", []edit{{"		return a, errStaleLeader\n", "		return a, errBucketGone\n"}}, []string{"stale-watch"}},
 	{"entries-with-the-deleted", []edit{
 		{"	for r := range l.existing() {\n		entries", "	for i := range l.all {\n		r := &l.all[i]\n		entries"},
