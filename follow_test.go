@@ -94,9 +94,11 @@ func TestStoresThatEmbed(t *testing.T) {
 	require.Equal(t, space+"l", l.Key())
 }
 
-// losing is a store whose second Lock is granted, and its answer lost.
+// losing is a store whose first Lock fails, and whose second one is granted, but the
+// answer lost.
 type losing struct {
 	*MemoryStore
+	first error
 	locks int
 	lost  func()
 }
@@ -105,7 +107,7 @@ func (s *losing) WithContext(context.Context) Store { return s }
 
 func (s *losing) Lock(string, time.Duration) (Lock, error) {
 	if s.locks++; s.locks == 1 {
-		return nil, ErrLockHeld
+		return nil, s.first
 	}
 	s.lost()
 	return nil, fmt.Errorf("%w: lost", ErrOutcomeUnknown)
@@ -117,7 +119,10 @@ func TestAcquireInDoubt(t *testing.T) {
 	t.Parallel()
 	m := NewMemoryStore()
 	t.Cleanup(func() { _ = m.Close() })
-	ctx, cancel := context.WithCancel(t.Context())
-	_, err := Acquire(ctx, &losing{MemoryStore: m, lost: cancel}, "l", time.Minute)
-	require.ErrorIs(t, err, ErrOutcomeUnknown)
+	for _, first := range []error{ErrLockHeld, errOutage, ErrLockExpired} {
+		ctx, cancel := context.WithCancel(t.Context())
+		_, err := Acquire(ctx, &losing{MemoryStore: m, first: first, lost: cancel}, "l", time.Minute)
+		require.ErrorIs(t, err, ErrOutcomeUnknown)
+		require.ErrorIs(t, err, context.Canceled)
+	}
 }

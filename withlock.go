@@ -75,8 +75,8 @@ func acquire(ctx context.Context, store StateStore, key string, ttl time.Duratio
 		} else if lapsed++; lapsed == maxLapsed {
 			return nil, time.Time{}, err
 		}
-		if failure == nil || ctx.Err() == nil {
-			failure = err
+		if failure == nil || ctx.Err() == nil || errors.Is(err, ErrOutcomeUnknown) {
+			failure = err // else it says only that ctx has ended
 		}
 	}
 	err := ctx.Err()

@@ -546,6 +546,10 @@ func (l *load) awaitAndHold(client int, s state.Store, name string, ttl time.Dur
 		inDoubt(3) // of the attempts only the last one is known
 	}
 	lock, err := state.Acquire(ctx, s, name, ttl)
+	lapsed := l.now()-call >= int64(ttl) // a lease may have, before its answer came
+	if l.quiet && lapsed {
+		inDoubt(3)
+	}
 	if over, _ := ctx.Deadline(); l.quiet && time.Since(over) > time.Second+l.slack() {
 		l.broke("lock %s: Acquire went on for %v after its context had ended", name, time.Since(over))
 	}
@@ -553,7 +557,7 @@ func (l *load) awaitAndHold(client int, s state.Store, name string, ttl time.Dur
 		switch {
 		case err == state.ErrLockHeld: //nolint:errorlint // bare
 		case err == state.ErrLockExpired, errors.Is(err, state.ErrOutcomeUnknown): //nolint:errorlint // bare
-			if l.quiet {
+			if l.quiet && !lapsed {
 				inDoubt(1)
 			}
 		case !errors.Is(err, context.DeadlineExceeded):

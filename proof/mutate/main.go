@@ -187,10 +187,12 @@ var mutations = []mutation{
 	{"stores-that-embed-are-bypassed", []edit{{"is && s.self() == store", "is && s.self() != nil"}}, []string{"embed"}},
 	{"a-create-in-doubt-is-left", []edit{{"if err == nil && k.current == 0 && k.inDoubt != nil {", "if false {"}}, []string{"ends-at-once"}},
 	{"acquire-hides-doubt", []edit{{"		if err != ErrLockHeld {\n			return lock, asked.Add(ttl), err", "		if err != nil && ctx.Err() != nil {\n			return nil, time.Time{}, ErrLockHeld\n		}\n		if err != ErrLockHeld {\n			return lock, asked.Add(ttl), err"}}, []string{"acquire-doubt"}},
+	{"acquire-hides-later-doubt", []edit{{" || ctx.Err() == nil || errors.Is(err, ErrOutcomeUnknown) {", " || ctx.Err() == nil {"}}, []string{"acquire-doubt"}},
 	{"acquire-tries-while-held", []edit{{"		if store == nil || ctx.Err() != nil {\n			return ctx.Err() == nil", "		if store == nil || ctx != nil {\n			return ctx.Err() == nil"}}, []string{"acquire-wrapped"}},
 	{"acquire-tries-after-its-end", []edit{{"	if err := ctx.Err(); err != nil {\n		return nil, opError(\"lock\", key, err)\n	}\n	call, cancel", "	call, cancel"}}, []string{"acquire-wrapped"}},
 	{"held-though-it-was-free", []edit{{"		case err == ErrNotFound:\n			return true\n		case err == nil:\n			if ends", "		case err == nil:\n			if ends"}}, []string{"acquire-wrapped"}},
 	{"a-stale-leader-ends-a-watch", []edit{{"		return a, errStaleLeader\n", "		return a, errBucketGone\n"}}, []string{"stale-watch"}},
+	{"a-state-is-skipped", []edit{{"		f.push(r.event(key, r.deadline))\n", "		if r.revision%97 != 0 {\n			f.push(r.event(key, r.deadline))\n		}\n"}}, []string{oneServer, "load one-server-clients-cut"}},
 	{"entries-with-the-deleted", []edit{
 		{"	for r := range l.existing() {\n		entries", "	for i := range l.all {\n		r := &l.all[i]\n		entries"},
 	}, []string{oneServer}},
