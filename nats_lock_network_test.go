@@ -312,7 +312,7 @@ func TestWaitersOfAProcessAskOnce(t *testing.T) {
 	t.Logf("%d messages in and %d out in %d s", idle.in, idle.out, seconds)
 	// Two requests and their answers for each TTL, and what the holder publishes
 	// every third of one.
-	assert.LessOrEqual(t, idle.all(), int64(2*seconds*(4+3)/4))
+	assert.LessOrEqual(t, idle.all(), int64(2*seconds*(4+3)*time.Second/ttl))
 	close(release)
 	eventually(t, func() bool { return ran.Load() >= 10 }, "one after the other has the lock")
 }

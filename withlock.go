@@ -113,8 +113,8 @@ func pollLock(ctx context.Context, store StateStore, key string, ttl time.Durati
 
 // awaitRelease waits until a lock that is held may be free, and reports whether
 // that happened before ctx ended. It does not try to acquire the lock: if ctx cut
-// such an attempt short, nobody would know who holds it. store is nil if it cannot
-// say who does. Then awaitRelease only pauses.
+// such an attempt short, nobody would know who holds it. With a nil store, which
+// cannot say who holds the lock, awaitRelease returns after one pause.
 func awaitRelease(ctx context.Context, store Store, key string, retry *backoff) bool {
 	for end := (time.Time{}); ; { // of the lease that it found last
 		pause, ends := retry.next(), false
