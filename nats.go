@@ -426,7 +426,7 @@ func (s *NATSStore) Watch(pattern string) (<-chan *KeyValue, error) {
 
 // watchError is the error of a watch that could not begin.
 func (s *NATSStore) watchError(pattern string, err error) error {
-	if errors.Is(err, jetstream.ErrBucketNotFound) || s.data.nc.IsClosed() {
+	if errors.Is(err, jetstream.ErrBucketNotFound) || s.data.isClosed() {
 		return ErrWatchClosed
 	}
 	return opError("watch", pattern, err)

@@ -146,7 +146,7 @@ func (b *bucket) replicated() bool { return b.settings.Load().Replicas > 1 }
 // maxValue returns the size of the largest value that the bucket takes. The
 // exact limit of a message is checked when it is made.
 func (b *bucket) maxValue() int {
-	limit := int(b.nc.MaxPayload()) - headerRoom
+	limit := b.maxPayload() - headerRoom
 	if most := b.settings.Load().MaxMsgSize; most > 0 {
 		limit = min(limit, int(most))
 	}
@@ -256,6 +256,9 @@ var errNoTTL = errors.New("the server has no message TTLs: nats-server 2.11 or l
 
 // open binds to the bucket, or creates it.
 func (b *bucket) open(budget *retryBudget) error {
+	if _, err := b.connected(budget); err != nil {
+		return openError(err)
+	}
 	if lacksMessageTTL(b.nc.ConnectedServerVersion()) {
 		return errNoTTL
 	}

@@ -83,7 +83,7 @@ type consumption struct {
 func (b *bucket) consume(budget *retryBudget, want consumption) (*consumer, error) {
 	c := &consumer{
 		b: b, name: rand.Text(), batch: want.batch, mail: make(chan *nats.Msg, want.batch+statusRoom),
-		bytes: int(b.nc.MaxPayload()) + headerRoom + 2*maxKeyLen,
+		bytes: b.maxPayload() + headerRoom + 2*maxKeyLen,
 	}
 	cfg := consumerConfig{
 		Name: c.name, Deliver: "all", Ack: "none", Replay: "instant", Filter: want.filter,
@@ -186,7 +186,7 @@ func (c *consumer) pull(req pullRequest) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	if !c.b.nc.IsConnected() {
+	if !c.b.up() {
 		return 0, nats.ErrDisconnected
 	}
 	c.request = &nats.Msg{Subject: c.b.api + "CONSUMER.MSG.NEXT." + c.b.stream + "." + c.name, Reply: c.sub.Subject, Data: data}
@@ -260,7 +260,7 @@ func (c *consumer) status(msg *nats.Msg) status {
 // stop ends the consumer, on the server too as soon as that can be reached; it
 // does not wait for that.
 func (c *consumer) stop() {
-	_ = c.sub.Unsubscribe()
+	c.b.unsubscribe(c.sub)
 	if c.live {
 		c.b.stats.consumers.Add(-1)
 	}

@@ -363,7 +363,7 @@ func (f *feed) notAttached(err error) {
 	stale := since(&f.stale, err == errStaleLeader)
 	refused := since(&f.refusal, apiCode(err) != 0 && !passing(err) || errors.Is(err, nats.ErrPermissionViolation))
 	switch {
-	case err == errBucketGone, err == errCutTooLong, f.b.nc.IsClosed(),
+	case err == errBucketGone, err == errCutTooLong, f.b.isClosed(),
 		gone > goneAfter, stale > staleFor, refused > refusedFor, time.Since(f.lastContact) > f.maxCut:
 		f.endBecause(err)
 		return
@@ -419,7 +419,7 @@ func (f *feed) pull() error {
 func (f *feed) checkHealth() {
 	s := f.b.settings.Load()
 	switch {
-	case f.b.nc.IsClosed():
+	case f.b.isClosed():
 		f.endBecause(nats.ErrConnectionClosed)
 		return
 	case f.source == nil:

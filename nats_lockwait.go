@@ -150,7 +150,7 @@ func (q *lockQueue) claimedSince(at time.Time) bool {
 // returned at once.
 func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (Lock, error) {
 	q, turn := s.waits.enter(key)
-	defer s.waits.leave(key, q, turn)
+	defer s.leave(key, q, turn)
 	select {
 	case <-turn:
 	case <-ctx.Done():
@@ -162,6 +162,9 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 		return nil, ErrClosed
 	}
 	if q.subs == nil {
+		if _, err := s.data.connected(newBudget(ctx)); err != nil {
+			return nil, s.data.writeError("lock", key, err)
+		}
 		q.subscribe(s.data.nc, "$KV."+s.data.name+locksSuffix+"."+key)
 	}
 	// Every waiter receives an attempt, but nobody notices a read. So the waiter reads
@@ -388,10 +391,10 @@ func (q *lockQueue) subscribe(nc *nats.Conn, subject string) {
 
 // leave takes a waiter out, and ends the subscriptions with the last one: without
 // the mutex, as the connection may be stalled.
-func (w *lockWaits) leave(key string, q *lockQueue, turn chan struct{}) {
-	if w.remove(key, q, turn) {
+func (s *natsLocks) leave(key string, q *lockQueue, turn chan struct{}) {
+	if s.waits.remove(key, q, turn) {
 		for _, sub := range q.subs {
-			_ = sub.Unsubscribe()
+			s.data.unsubscribe(sub)
 		}
 	}
 }

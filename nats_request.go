@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -129,9 +130,11 @@ type requester struct {
 	log   *slog.Logger
 	stats counters
 
-	life   context.Context // until Close
-	close  context.CancelFunc
-	active sync.WaitGroup // what Close waits for
+	life     context.Context // until Close
+	close    context.CancelFunc
+	active   sync.WaitGroup // what Close waits for
+	released chan struct{}  // closed when follow has let go of the connection
+	payload  atomic.Int64   // the largest message, by the last connection
 
 	pool sync.Pool // of exchanges
 
@@ -181,7 +184,7 @@ type connection struct {
 func newRequester(c connection) (*requester, error) {
 	status := c.nc.StatusChanged() // before the status is read: no change is missed
 	r := &requester{
-		nc: c.nc, api: "$JS.API.", log: c.log,
+		nc: c.nc, api: "$JS.API.", log: c.log, released: make(chan struct{}),
 		exchanges: make(map[string]*exchange), epoch: newEpoch(c.nc.Status()), pool: sync.Pool{New: newExchange},
 	}
 	switch {
@@ -204,7 +207,7 @@ func newRequester(c connection) (*requester, error) {
 		return nil, err
 	}
 	_ = r.sub.SetPendingLimits(-1, -1)
-	r.active.Go(func() { r.follow(status) })
+	go r.follow(status)
 	return r, nil
 }
 
@@ -221,17 +224,33 @@ func (r *requester) resubscribe() {
 		sub, r.sub = r.sub, sub
 	}
 	r.mu.Unlock()
-	_ = sub.Unsubscribe()
+	r.unsubscribe(sub)
 }
 
-// stop ends what newRequester began.
+// unsubscribe ends a subscription. While the connection is down it does not wait for
+// that.
+func (r *requester) unsubscribe(sub *nats.Subscription) {
+	if r.up() {
+		_ = sub.Unsubscribe()
+		return
+	}
+	go func() { _ = sub.Unsubscribe() }()
+}
+
+// stop ends what newRequester began. If the client library is dialling, follow lets
+// go of the connection once it has.
 func (r *requester) stop() {
 	r.mu.Lock()
 	r.closed = true
 	r.mu.Unlock()
 	r.close()
 	r.active.Wait()
-	_ = r.sub.Unsubscribe() // nobody replaces it any more
+	timer := time.NewTimer(checkInterval)
+	defer timer.Stop()
+	select {
+	case <-r.released:
+	case <-timer.C:
+	}
 }
 
 // start runs f in a goroutine that stop waits for. After Close it runs nothing.
@@ -245,26 +264,36 @@ func (r *requester) start(f func()) bool {
 	return true
 }
 
-// follow begins a new epoch whenever the connection's state changes.
+// follow begins a new epoch whenever the connection's state changes, until Close. It
+// belongs to the requester, but Close does not wait for it if it has to wait for the
+// client library.
 func (r *requester) follow(status chan nats.Status) {
-	defer r.nc.RemoveStatusListener(status)
+	defer close(r.released)
+	defer func() {
+		r.nc.RemoveStatusListener(status)
+		_ = r.sub.Unsubscribe() // nobody replaces it any more
+	}()
+	down := time.NewTicker(checkInterval)
+	defer down.Stop()
 	for {
+		if r.up() {
+			down.Stop()
+		} else {
+			down.Reset(checkInterval)
+		}
 		select {
 		case st, open := <-status:
-			r.mu.Lock()
-			last := r.epoch
-			r.epoch = newEpoch(st)
-			var orphans []string
-			if st == nats.CONNECTED {
-				orphans, r.orphans = r.orphans, nil
+			if !open {
+				st = nats.CLOSED
 			}
-			r.mu.Unlock()
-			close(last.over)
-			for _, name := range orphans {
-				r.deleteConsumer(name)
-			}
+			r.begin(st)
 			if !open {
 				return
+			}
+		case <-down.C:
+			// The news that it is up is dropped if too much else was news.
+			if r.nc.Status() == nats.CONNECTED && len(status) == 0 {
+				r.begin(nats.CONNECTED)
 			}
 		case <-r.life.Done():
 			return
@@ -272,34 +301,70 @@ func (r *requester) follow(status chan nats.Status) {
 	}
 }
 
+// begin begins a new epoch.
+func (r *requester) begin(status nats.Status) {
+	r.mu.Lock()
+	last := r.epoch
+	r.epoch = newEpoch(status)
+	var orphans []string
+	if status == nats.CONNECTED {
+		orphans, r.orphans = r.orphans, nil
+	}
+	r.mu.Unlock()
+	close(last.over)
+	for _, name := range orphans {
+		r.deleteConsumer(name)
+	}
+}
+
+// up reports whether the connection was up by the last news of it.
+//
+// While the connection is down, nothing but follow asks the client library for
+// anything: it holds its mutex while it dials, and waits for the server's greeting.
+func (r *requester) up() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.epoch.status == nats.CONNECTED
+}
+
 // current returns the current epoch and the connection's status.
 func (r *requester) current() (*epoch, nats.Status) {
 	r.mu.Lock()
 	e := r.epoch
 	r.mu.Unlock()
-	return e, r.nc.Status()
+	if e.status != nats.CONNECTED {
+		return e, e.status
+	}
+	return e, r.nc.Status() // it may be draining
+}
+
+// isClosed reports whether the connection's owner has closed it.
+func (r *requester) isClosed() bool {
+	_, status := r.current()
+	return status == nats.CLOSED
+}
+
+// maxPayload returns the size of the largest message that the server takes.
+func (r *requester) maxPayload() int {
+	if r.up() {
+		r.payload.Store(r.nc.MaxPayload())
+	}
+	return int(r.payload.Load())
 }
 
 // connected waits until the connection is up, and returns its epoch.
 func (r *requester) connected(budget *retryBudget) (*epoch, error) {
-	for late := false; ; {
+	for {
 		e, status := r.current()
 		switch status {
 		case nats.CONNECTED:
-			if e.status == nats.CONNECTED || late {
-				return e, nil
-			}
-			late = true // the news of it is on its way
+			return e, nil
 		case nats.CLOSED:
 			return nil, errConnectionClosed
 		case nats.DRAINING_PUBS, nats.DRAINING_SUBS:
 			return nil, nats.ErrConnectionDraining
 		}
-		pause := checkInterval
-		if late {
-			pause = checkInterval / 5
-		}
-		if err := r.pause(budget, min(budget.left(), pause), e.over); err != nil {
+		if err := r.pause(budget, min(budget.left(), checkInterval), e.over); err != nil {
 			return nil, err
 		}
 		if budget.left() <= 0 {
@@ -551,7 +616,7 @@ func await[T any](w *waiter, arrivals <-chan T) (arrival T, err error) {
 			}
 			w.timer.Reset(checkInterval)
 		case <-w.epoch.over:
-			if w.r.nc.IsClosed() {
+			if w.r.isClosed() {
 				return arrival, errConnectionClosed
 			}
 			return arrival, nats.ErrDisconnected
@@ -736,7 +801,7 @@ func decodeAnswer(data []byte, answer any) error {
 // is back. It waits for nothing. If the request is lost with the connection, the
 // server deletes the consumer when nobody has used it for a while.
 func (r *requester) deleteConsumer(name string) {
-	if r.nc.IsConnected() {
+	if r.up() {
 		_ = r.nc.Publish(r.api+"CONSUMER.DELETE."+name, nil)
 		return
 	}

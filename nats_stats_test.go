@@ -198,11 +198,28 @@ func TestLogOfASlowRequest(t *testing.T) {
 	assert.EqualValues(t, 1, s.Stats().UnknownOutcomes)
 }
 
+// dialling makes a stalled link one that was cut, too: the client library connects
+// again, waits for the server's greeting, and lets nobody else in meanwhile.
+func dialling(t *testing.T, s *NATSStore, p *proxy) {
+	t.Helper()
+	p.cut()
+	eventually(t, func() bool { return !s.data.up() }, "the connection is lost")
+}
+
 // TestContextOnAStalledLink: every call ends within milliseconds of its context,
-// without a goroutine of its own.
+// without a goroutine of its own, on a link that is up and on one that is not.
 func TestContextOnAStalledLink(t *testing.T) {
 	t.Parallel()
+	t.Run("up", func(t *testing.T) { contextOnAStalledLink(t, true) })
+	t.Run("dialling", func(t *testing.T) { contextOnAStalledLink(t, false) })
+}
+
+func contextOnAStalledLink(t *testing.T, up bool) {
+	t.Helper()
 	s, _, p := stalled(t)
+	if !up {
+		dialling(t, s, p)
+	}
 	const late = 250 * time.Millisecond // on a busy machine
 	revision := uint64(1)
 	type call struct {
@@ -231,7 +248,7 @@ func TestContextOnAStalledLink(t *testing.T) {
 		err := <-done
 		assert.Less(t, time.Since(cancelled), late, name)
 		assert.ErrorIs(t, err, context.Canceled, name)
-		assert.Equal(t, c.writes, err != nil && strings.Contains(err.Error(), ErrOutcomeUnknown.Error()), "%s: %v", name, err)
+		assert.Equal(t, up && c.writes, err != nil && strings.Contains(err.Error(), ErrOutcomeUnknown.Error()), "%s: %v", name, err)
 	}
 	for name, f := range map[string]func(ctx context.Context) error{
 		"follow":  func(ctx context.Context) error { _, _, err := Follow(ctx, s, "f.*"); return err },
@@ -263,7 +280,16 @@ func TestContextOnAStalledLink(t *testing.T) {
 // TestCloseOnAStalledLink: Close ends what is under way promptly.
 func TestCloseOnAStalledLink(t *testing.T) {
 	t.Parallel()
-	s, _, _ := stalled(t)
+	t.Run("up", func(t *testing.T) { t.Parallel(); closeOnAStalledLink(t, true) })
+	t.Run("dialling", func(t *testing.T) { t.Parallel(); closeOnAStalledLink(t, false) })
+}
+
+func closeOnAStalledLink(t *testing.T, up bool) {
+	t.Helper()
+	s, _, p := stalled(t)
+	if !up {
+		dialling(t, s, p)
+	}
 	reads, writes, waits := make(chan error, 30), make(chan error, 10), make(chan error, 1)
 	for range 10 {
 		go func() { _, err := s.Get("k"); reads <- err }()
