@@ -117,6 +117,7 @@ func (e encoder) encode(m mutation, base record, pre precondition) (header, reco
 		hdr.set(headerTTL, seconds(m.ttl))
 	case m.ttl > 0:
 		state.ttl = m.ttl
+		next.removal = e.now.deadline(m.ttl)
 		next.deadline = e.now.deadline(m.ttl)
 		if serverTTL := e.serverTTL(m.ttl, base, next.deadline); serverTTL <= maxServerTTL {
 			next.removal = e.now.deadline(serverTTL)

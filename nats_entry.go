@@ -69,7 +69,7 @@ func (r *record) exists(now timestamp) bool {
 // have done so a moment ago.
 func (r *record) leaving(now timestamp) bool {
 	const early, late = timestamp(250 * time.Millisecond), timestamp(2 * time.Second)
-	return r.removal != 0 && now > r.removal-early && now < r.removal+late
+	return !r.deleted && r.removal != 0 && now > r.removal-early && now < r.removal+late
 }
 
 // decode makes a record of a message that may be anybody's. Headers that make
@@ -90,6 +90,12 @@ func decode(hdr nats.Header, data []byte, seq uint64, written timestamp, maxAge 
 	if lasting {
 		r.created = st.created
 	}
+	ttl, never := decodeTTL(hdr.Get(headerTTL))
+	r.removal = written.deadline(ttl)
+	end := written.deadline(maxAge)
+	if !never && r.removal.outlives(end) {
+		r.removal = end
+	}
 	reason := hdr.Get(headerReason)
 	if op := hdr.Get(headerOperation); op == "DEL" || op == "PURGE" || reason != "" {
 		r.deleted = true
@@ -100,19 +106,12 @@ func decode(hdr nats.Header, data []byte, seq uint64, written timestamp, maxAge 
 		return r
 	}
 
-	ttl, never := decodeTTL(hdr.Get(headerTTL))
-	r.removal = written.deadline(ttl)
 	if st.ttl > 0 {
 		ttl = st.ttl
 	}
 	r.deadline = written.deadline(ttl)
-	if end := written.deadline(maxAge); !never {
-		if r.deadline.outlives(end) {
-			r.deadline, r.aged = end, true
-		}
-		if r.removal.outlives(end) {
-			r.removal = end
-		}
+	if !never && r.deadline.outlives(end) {
+		r.deadline, r.aged = end, true
 	}
 	return r
 }
