@@ -289,7 +289,8 @@ func (s *NATSStore) get(key string) (record, error) {
 // Put implements [StateStore]. It costs one request if the key is new or this
 // store wrote it last, two if others write it, too, and three when the store
 // finds that out or if the last value has expired. It costs four if the last value
-// is about to expire and somebody replaces it meanwhile.
+// is about to expire and somebody replaces it meanwhile. All writes of a store together
+// cost one more each minute, in the background, for the server's time.
 func (s *NATSStore) Put(key string, value []byte, ttl time.Duration) error {
 	ctx, m, err := s.beginPut("put", key, value, ttl)
 	if err != nil {

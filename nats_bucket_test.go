@@ -357,3 +357,56 @@ func TestCreatedAfterMaxAge(t *testing.T) {
 	}
 	require.Positive(t, checked)
 }
+
+// aged makes what the store knows of the server's clock as old as given.
+func (c *serverClock) aged(by time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.base -= timestamp(by)
+	c.at = c.at.Add(-by)
+}
+
+// TestCreatedByAnOldClock: a store that has only written for a day estimates the
+// server's clock badly. It does not tell when a key came into being then, and has the
+// server asked for its time.
+func TestCreatedByAnOldClock(t *testing.T) {
+	t.Parallel()
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, startServer(t, nil).ClientURL()), Bucket: "b"})
+	s.data.clock.aged(24 * time.Hour)
+	require.NoError(t, s.Put("k", nil, time.Hour))
+	first := mustGet(t, s, "k")
+	assert.Equal(t, first.Modified, first.Created)
+	eventually(t, func() bool { return s.data.readClock().age < renewSample }, "the server is asked for its time")
+	for range 3 {
+		require.NoError(t, s.Put("k", nil, time.Hour))
+		assert.Equal(t, first.Created, mustGet(t, s, "k").Created)
+	}
+	before := s.Stats().Requests
+	require.NoError(t, s.Put("k", nil, time.Hour))
+	assert.Equal(t, before+1, s.Stats().Requests)
+}
+
+// TestMarkerIsForgotten: a write does not count on a marker that the server has
+// removed, so that it costs one request.
+func TestMarkerIsForgotten(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t, nil).ClientURL())
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	require.NoError(t, s.Put("k", nil, 0))
+	require.NoError(t, s.Delete("k"))
+	marker := s.data.cache.recall("k")
+	require.True(t, marker.deleted)
+	read, err := s.data.leaderLast(newBudget(t.Context()), "k")
+	require.NoError(t, err)
+	for _, r := range []record{marker, read} { // as it was written, and as it is read
+		assert.InDelta(t, tombstoneTTL, time.Duration(r.removal-r.modified), float64(time.Second))
+	}
+	stream, err := newJetStream(t, nc).Stream(t.Context(), "KV_b")
+	require.NoError(t, err)
+	require.NoError(t, stream.Purge(t.Context())) // as the server does then
+	marker.removal = s.data.clock.now() - timestamp(3*time.Second)
+	s.data.cache.learn("k", marker)
+	before := s.Stats().Requests
+	require.NoError(t, s.Put("k", nil, 0))
+	assert.Equal(t, before+1, s.Stats().Requests)
+}

@@ -26,6 +26,11 @@ const (
 	decisionMargin = timestamp(time.Second)
 	// maxDrift is by how much clocks may run at different speeds: 1 in so many.
 	maxDrift = 5000
+	// A write has a sample renewed, in the background, that is older than renewSample.
+	// By one that is older than oldSample a writer does not tell when a key came into
+	// being.
+	renewSample = time.Minute
+	oldSample   = 5 * time.Minute
 )
 
 // set takes a sample: base was the server's time after asked.

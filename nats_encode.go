@@ -94,7 +94,8 @@ func (e encoder) encode(m mutation, base record, pre precondition) (header, reco
 	if lasts {
 		next.created = base.created
 	}
-	next.uncertain = !surely
+	old := e.age > oldSample
+	next.uncertain = !surely || !lasts && old
 	state := stateHeader{op: m.op}
 	switch {
 	case e.fixed:
@@ -103,7 +104,10 @@ func (e encoder) encode(m mutation, base record, pre precondition) (header, reco
 	case lasts:
 		state.created, state.replaced = next.created, base.deadline
 	case !m.marker:
-		state.created, state.expired = next.created, base.expired
+		state.expired = base.expired
+		if !old { // or it is when the server stores it
+			state.created = next.created
+		}
 	}
 	switch {
 	case pre == ifUnchanged && e.fixed:
@@ -113,11 +117,11 @@ func (e encoder) encode(m mutation, base record, pre precondition) (header, reco
 	}
 	switch {
 	case m.marker:
+		next.removal = e.now.deadline(m.ttl)
 		hdr.set(headerOperation, "PURGE")
 		hdr.set(headerTTL, seconds(m.ttl))
 	case m.ttl > 0:
 		state.ttl = m.ttl
-		next.removal = e.now.deadline(m.ttl)
 		next.deadline = e.now.deadline(m.ttl)
 		if serverTTL := e.serverTTL(m.ttl, base, next.deadline); serverTTL <= maxServerTTL {
 			next.removal = e.now.deadline(serverTTL)

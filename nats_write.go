@@ -224,6 +224,9 @@ func (b *bucket) commit(budget *retryBudget, m mutation, base record, pre precon
 		if err != nil {
 			return record{}, unknownIf(inDoubt, err)
 		}
+	if b.readClock().age > renewSample {
+		b.check()
+	}
 		seq, o, err := b.send(budget, msg, pre)
 		switch o {
 		case stored:
