@@ -39,6 +39,7 @@ type bucket struct {
 
 	settings atomic.Pointer[settings]
 	checking atomic.Bool // a check of the settings is under way
+	doubting atomic.Bool // settleDoubt is at work
 	clock    serverClock
 	cache    recordCache
 	maxBatch atomic.Int32 // of a consumer's requests, as far as the server has refused more

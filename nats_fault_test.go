@@ -74,6 +74,28 @@ func TestLateWriteUndoesNothing(t *testing.T) {
 	assert.Equal(t, "first", string(mustGet(t, other, "alone").Value), "it was not applied, as its writer was told")
 }
 
+// TestAcknowledgedWritesLost: servers that have lost what they acknowledged are
+// believed in the end.
+func TestAcknowledgedWritesLost(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster, for half a minute")
+	}
+	t.Parallel()
+	nc := connect(t, startCluster(t).servers[0].ClientURL())
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b", Replicas: 3})
+	require.NoError(t, s.Put("k", []byte("v"), 0))
+	lost := s.data.cache.recall("k")
+	lost.revision = 1000
+	s.data.cache.learn("k", lost)
+	s.data.cache.learn("gone", lost)
+	require.ErrorIs(t, s.Put("k", nil, 0), ErrOutcomeUnknown) // this is a leader that was cut off, for all it knows
+	require.True(t, within(2*staleFor, func() bool { _, err := s.Get("k"); return err == nil }))
+	_, err := s.Get("gone")
+	refuses(t, ErrNotFound, err)
+	require.NoError(t, s.Put("k", []byte("new"), 0))
+	assert.Equal(t, "new", string(mustGet(t, s, "k").Value))
+}
+
 // TestLostAnswer: the server stores a write, and its answer never arrives. The
 // operation id tells what became of it.
 func TestLostAnswer(t *testing.T) {

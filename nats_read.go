@@ -84,6 +84,7 @@ func (b *bucket) leaderLast(budget *retryBudget, key string) (record, error) {
 		if doubted.IsZero() {
 			doubted = time.Now()
 			b.log.Warn("state: the stream's leader knows less than it acknowledged", "bucket", b.name, "key", key)
+			b.settleDoubt(known.revision)
 		}
 		if b.cache.recall(key).revision == 0 || info.State.LastSeq >= known.revision && time.Since(doubted) > doubtFor {
 			b.cache.forget(key)
@@ -97,6 +98,41 @@ func (b *bucket) leaderLast(budget *retryBudget, key string) (record, error) {
 
 // doubtFor is how long an answer is doubted that is older than what is known.
 const doubtFor = 1500 * time.Millisecond
+
+// settleDoubt watches, in the background, a leader that does not have a revision that
+// was acknowledged. One that was cut off gives way within staleFor. If it is still the
+// same then, the servers have lost what they acknowledged, and the client forgets what
+// it knew: nothing else would ever be believed.
+func (b *bucket) settleDoubt(revision uint64) {
+	if !b.doubting.CompareAndSwap(false, true) {
+		return
+	}
+	settle := func() {
+		defer b.doubting.Store(false)
+		var since time.Time // when it was first found to lack the revision
+		for {
+			info, err := b.info(newBudget(b.life))
+			switch {
+			case err != nil:
+				since = time.Time{}
+			case info.State.LastSeq >= revision:
+				return
+			case since.IsZero():
+				since = time.Now()
+			case time.Since(since) > staleFor:
+				b.cache.clear()
+				b.log.Error("state: the servers have lost acknowledged writes", "bucket", b.name, "acknowledged", revision, "last", info.State.LastSeq)
+				return
+			}
+			if b.pause(newBudget(b.life), time.Second, nil) != nil {
+				return
+			}
+		}
+	}
+	if !b.start(settle) {
+		b.doubting.Store(false)
+	}
+}
 
 var errStaleLeader = errors.New("the stream's leader does not have what it acknowledged: it was cut off from the other servers")
 
