@@ -136,7 +136,7 @@ func (e encoder) encode(m mutation, base record, pre precondition) (header, reco
 		hdr.set(headerRollup, "sub")
 	}
 	if end := e.now.deadline(e.maxAge); !m.marker && next.deadline.outlives(end) {
-		next.deadline = end
+		next.deadline, next.aged = end, true
 	}
 	hdr.set(headerState, state.encode())
 	return hdr, next

@@ -61,6 +61,7 @@ type liveKeys struct {
 	shrunk    bool        // since the last listing, so that messages were removed
 	lastList  time.Time
 	listPause time.Duration // until the next listing of a stream that has shrunk
+	maxAge    time.Duration // the bucket's, when the deadlines of what is aged were noted
 }
 
 func newLiveKeys(follow bool) liveKeys {
@@ -203,12 +204,16 @@ func (f *feed) merge(l listing) {
 			if t.gaps != replaced {
 				t.gaps = max(t.gaps, f.listGaps)
 			}
+			if t.aged || r.aged {
+				t.aged = r.aged
+				f.expiries.set(&t.expiring, r.deadline)
+			}
 		case r.deleted, f.touched[r.key] >= r.revision, t != nil && t.revision > r.revision, r.deadline.passed(over):
 		default:
 			f.track(r.key, &r.record, f.listGaps, r.revision > f.cursor)
 		}
 	}
-	f.listed, f.listing, f.lastList = true, false, time.Now()
+	f.listed, f.listing, f.lastList, f.maxAge = true, false, time.Now(), l.maxAge
 	f.touched = make(map[string]uint64)
 	f.verify(suspects)
 }
@@ -267,6 +272,13 @@ func (f *feed) expire() {
 			}
 			if f.source == nil || !info.Created.Equal(f.created) {
 				f.asking = false // it is cut off, or the bucket is another one
+				return
+			}
+			if info.config.MaxAge != f.maxAge {
+				// What is aged has other deadlines now.
+				f.asking = false
+				f.deferred = time.Now().Add(checkInterval)
+				f.list()
 				return
 			}
 			f.probe(f.due(timestamp(info.Now.UnixNano()), f.window), true, f.expired)

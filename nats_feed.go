@@ -327,6 +327,7 @@ func (f *feed) attached(a newSource, err error) {
 	f.looked = a.info.State
 	if f.created.IsZero() {
 		f.created, f.cursor, f.openedAt = a.info.Created, a.info.State.LastSeq, timestamp(a.info.Now.UnixNano())
+		f.maxAge = a.info.config.MaxAge
 		f.mu.Lock()
 		for _, w := range f.watches {
 			w.beginAt(f.cursor, f.openedAt)

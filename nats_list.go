@@ -46,6 +46,8 @@ type listed struct {
 type listing struct {
 	all []listed
 	now timestamp // the server's clock when it began; what existed then, or was written since, has a later deadline
+
+	maxAge time.Duration // the bucket's, by which the deadlines are
 }
 
 // has reports whether the listing has a record of the key.
@@ -62,7 +64,7 @@ func (l *listing) has(key string) bool {
 // A leader whose last sequence is lower than since is one that does not lead any more.
 func (b *bucket) list(budget *retryBudget, p pattern, values bool, since uint64) (listing, error) {
 	if !p.wild && (since == 0 || !b.replicated()) {
-		l := listing{now: b.clock.now()}
+		l := listing{now: b.clock.now(), maxAge: b.settings.Load().MaxAge}
 		r, exists, err := b.lookUp(budget, p.prefix, b.leaderLast)
 		if err == nil && r.revision != 0 {
 			l.all = []listed{{p.prefix, r}}
@@ -88,7 +90,7 @@ func (b *bucket) list(budget *retryBudget, p pattern, values bool, since uint64)
 			tries--
 			continue
 		}
-		l := listing{now: timestamp(info.Now.UnixNano())}
+		l := listing{now: timestamp(info.Now.UnixNano()), maxAge: info.config.MaxAge}
 		var ok bool
 		if l.all, ok = b.listFew(budget, p, info); !ok {
 			l.all, err = b.listOnce(budget, p, info, values)

@@ -258,6 +258,47 @@ func TestMaxAgeBucket(t *testing.T) {
 	}
 }
 
+// TestMaxAgeRaised: when a bucket's MaxAge is raised, what was to end by the old one
+// lives on, for watches and for writes.
+func TestMaxAgeRaised(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t, nil).ClientURL())
+	ctx, js := t.Context(), newJetStream(t, nc)
+	const age = 3 * time.Second
+	_, err := js.CreateKeyValue(ctx, jetstream.KeyValueConfig{Bucket: "b", TTL: age})
+	require.NoError(t, err)
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	events := mustWatch(t, s, "*")
+	c, err := NewCache(ctx, s, "*")
+	require.NoError(t, err)
+	defer c.Close()
+	require.NoError(t, s.Put("k", nil, 0))
+	require.NoError(t, s.Put("written", nil, 0))
+	put, written := receive(t, events), receive(t, events)
+	mustGet(t, s, "written") // the store remembers when it was to end
+	if put.Expires.IsZero() || time.Since(put.Modified) > age/2 {
+		t.Skip("the machine was busy")
+	}
+	stream, err := js.Stream(ctx, "KV_b")
+	require.NoError(t, err)
+	cfg := stream.CachedInfo().Config
+	cfg.MaxAge = time.Hour
+	_, err = js.UpdateStream(ctx, cfg)
+	require.NoError(t, err)
+	require.NoError(t, s.Put("short", nil, age+500*time.Millisecond)) // ends after them
+	assert.Equal(t, "put short", brief(receive(t, events)))
+	assert.Equal(t, "delete short", brief(receive(t, events)))
+	_, err = c.Get("k")
+	require.NoError(t, err)
+	_, err = s.Update("written", nil, 0, written.Revision)
+	require.NoError(t, err)
+	assert.Equal(t, "put written", brief(receive(t, events)))
+	kv := mustGet(t, s, "k")
+	assert.Equal(t, put.Revision, kv.Revision)
+	assert.Equal(t, put.Modified.Add(time.Hour), kv.Expires)
+	assert.Equal(t, written.Created, mustGet(t, s, "written").Created)
+}
+
 // TestMarkerBucket: a bucket with delete markers keeps them, and the store
 // takes the server's markers for the expiries that they are.
 func TestMarkerBucket(t *testing.T) {

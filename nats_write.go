@@ -175,8 +175,12 @@ func (b *bucket) update(budget *retryBudget, m mutation, revision uint64) (recor
 // zero for a key that is not known, which is tried as a new one.
 func (b *bucket) known(key string) record {
 	r := b.cache.recall(key)
-	if r.removal.passed(b.clock.now() - timestamp(2*time.Second)) {
+	now := b.clock.now()
+	switch {
+	case r.removal.passed(now - timestamp(2*time.Second)):
 		return record{} // the server has removed it
+	case r.aged && r.deadline.passed(now):
+		return record{} // unless the bucket's MaxAge was raised
 	}
 	return r
 }
@@ -220,13 +224,13 @@ func (b *bucket) commit(budget *retryBudget, m mutation, base record, pre precon
 		if err := b.waitForRemoval(budget, base); err != nil {
 			return record{}, unknownIf(inDoubt, err)
 		}
+	if b.readClock().age > renewSample {
+		b.check()
+	}
 		msg, next, err := b.encode(m, base, pre)
 		if err != nil {
 			return record{}, unknownIf(inDoubt, err)
 		}
-	if b.readClock().age > renewSample {
-		b.check()
-	}
 		seq, o, err := b.send(budget, msg, pre)
 		switch o {
 		case stored:
