@@ -176,6 +176,62 @@ func TestFullAccount(t *testing.T) {
 	require.NoError(t, s.Put("new", make([]byte, 1000), 0))
 }
 
+// TestPurgeInDoubt: a deletion from a full account that was sent as a purge, and whose
+// answer was not waited for, may have been applied, and says so.
+func TestPurgeInDoubt(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	acc, err := srv.LookupAccount(server.DEFAULT_GLOBAL_ACCOUNT)
+	require.NoError(t, err)
+	require.NoError(t, acc.UpdateJetStreamLimits(map[string]server.JetStreamAccountLimits{
+		"": {MaxMemory: -1, MaxStore: 64 << 10, MaxStreams: -1, MaxConsumers: -1},
+	}))
+	nc, p := connectAt(t, srv.ClientURL(), distance{})
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	keys := fillUp(t, s, make([]byte, 1000))
+	near := connect(t, srv.ClientURL())
+	for i := 0; err == nil; i++ {
+		_, err = newJetStream(t, near).Publish(context.Background(), fmt.Sprintf("$KV.b.other.%d", i), nil)
+	}
+	p.move(distance{rtt: 500 * time.Millisecond})
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	_, err = near.Subscribe("$JS.API.STREAM.PURGE.KV_b", func(*nats.Msg) { cancel() })
+	require.NoError(t, err)
+	require.NoError(t, near.Flush())
+	err = s.WithContext(ctx).Delete(keys[0])
+	assert.ErrorIs(t, err, ErrOutcomeUnknown)
+	assert.ErrorIs(t, err, context.Canceled)
+	_, err = s.Get(keys[0])
+	refuses(t, ErrNotFound, err)
+}
+
+// TestExpiryInABucketOfSmallMessages: expiries are reported in a bucket that is too
+// small for the questions which watches ask.
+func TestExpiryInABucketOfSmallMessages(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t, nil).ClientURL())
+	js := newJetStream(t, nc)
+	_, err := js.CreateKeyValue(context.Background(), jetstream.KeyValueConfig{Bucket: "b", MaxValueSize: 128, LimitMarkerTTL: time.Hour})
+	require.NoError(t, err)
+	stream, err := js.Stream(context.Background(), "KV_b")
+	require.NoError(t, err)
+	cfg := stream.CachedInfo().Config
+	cfg.SubjectDeleteMarkerTTL = 0
+	_, err = js.UpdateStream(context.Background(), cfg)
+	require.NoError(t, err)
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	events := mustWatch(t, s, "*")
+	const key = "agents.with.a.name.that.is.long"
+	_, err = js.PublishMsg(context.Background(), &nats.Msg{Subject: "$KV.b." + key, Header: nats.Header{"Nats-TTL": {"1s"}}, Data: []byte("v")})
+	require.NoError(t, err)
+	put := receive(t, events)
+	assert.Equal(t, "put "+key, brief(put))
+	gone := receive(t, events)
+	assert.Equal(t, "delete "+key, brief(gone))
+	assert.Equal(t, put.Expires, gone.Modified)
+}
+
 // TestSmallStreamBuffers: a server that takes in little at a time is given the
 // rest later. What fails says so, and was not written.
 func TestSmallStreamBuffers(t *testing.T) {

@@ -103,7 +103,11 @@ func (b *bucket) evenIfFull(budget *retryBudget, m mutation, base record, err er
 		UpTo   uint64 `json:"seq"`
 	}{b.prefix + m.key, base.revision + 1}
 	if err := b.streamCall(budget, "STREAM.PURGE", b.stream, purge, nil); err != nil {
-		return fmt.Errorf("purge a key of a full bucket: %w", err)
+		err = fmt.Errorf("purge a key of a full bucket: %w", err)
+		if apiCode(err) == 0 && !errors.Is(err, nats.ErrNoResponders) {
+			return unknownIf(err, nil) // it may have been sent
+		}
+		return err
 	}
 	b.cache.forget(m.key)
 	_, _ = b.markSmall(budget, m, ifUnchanged) // the key is deleted, whatever becomes of this
@@ -220,13 +224,13 @@ func (b *bucket) commit(budget *retryBudget, m mutation, base record, pre precon
 		refits  int   // how often the bucket was made to fit
 		began   = time.Now()
 	)
+	if b.readClock().age > renewSample {
+		b.check()
+	}
 	for {
 		if err := b.waitForRemoval(budget, base); err != nil {
 			return record{}, unknownIf(inDoubt, err)
 		}
-	if b.readClock().age > renewSample {
-		b.check()
-	}
 		msg, next, err := b.encode(m, base, pre)
 		if err != nil {
 			return record{}, unknownIf(inDoubt, err)
