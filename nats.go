@@ -466,7 +466,8 @@ func (s *NATSStore) follow(ctx context.Context, p pattern) (*source, error) {
 // It costs one request, two if the lock is held, three if another client released
 // it in the last ten minutes, and up to four if its last lease has just lapsed.
 // The store's first Lock costs one more to find the bucket of locks, or two to
-// create it.
+// create it. Later ones cost one more when the store has not looked at the settings of
+// that bucket for a minute.
 func (s *NATSStore) Lock(key string, ttl time.Duration) (Lock, error) {
 	ctx, err := s.beginLock(key, ttl)
 	if err != nil {

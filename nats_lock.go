@@ -61,11 +61,17 @@ func newNATSLocks(conn connection, data *bucket, owner string) *natsLocks {
 // data's. It is always on disk.
 func (s *natsLocks) open(budget *retryBudget) (*bucket, error) {
 	if b := s.opened(); b != nil {
-		known := b.settings.Load()
-		if time.Since(known.checked) > lockSettingsLife {
-			b.check()
+		var err error
+		if time.Since(b.settings.Load().checked) > lockSettingsLife {
+			_, err = b.info(budget)
 		}
-		return b, s.inBucket(b, b.validate(&known.streamConfig))
+		if err == nil {
+			err = b.validate(&b.settings.Load().streamConfig)
+		}
+		if !errors.Is(err, jetstream.ErrBucketNotFound) {
+			return b, s.inBucket(b, err)
+		}
+		s.forget(b) // somebody has deleted it
 	}
 	b := s.newBucket()
 	if err := b.open(budget); err != nil {

@@ -475,6 +475,31 @@ func TestLocksBucketDeleted(t *testing.T) {
 	}
 }
 
+// TestLocksBucketMadeUnfit: once the settings that a store knows are a minute old, it
+// grants no lock in a bucket that was made unfit for locks since.
+func TestLocksBucketMadeUnfit(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t, nil).ClientURL())
+	ctx, js := t.Context(), newJetStream(t, nc)
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
+	stream, err := js.Stream(ctx, "KV_b-locks")
+	require.NoError(t, err)
+	cfg := stream.CachedInfo().Config
+	cfg.MaxAge, cfg.Duplicates = 10*time.Second, 10*time.Second
+	_, err = js.UpdateStream(ctx, cfg)
+	require.NoError(t, err)
+	old := *s.locks.opened().settings.Load()
+	old.checked = old.checked.Add(-2 * lockSettingsLife)
+	s.locks.opened().settings.Store(&old)
+	_, err = s.Lock("l", time.Minute)
+	assert.ErrorContains(t, err, "max_age")
+	// Or it is gone.
+	s.locks.opened().settings.Store(&old)
+	require.NoError(t, js.DeleteStream(ctx, "KV_b-locks"))
+	require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
+}
+
 // TestRefreshNearTheEnd: a lease is refreshed just before its end, also if what
 // the store knows of the server's clock came over a slow link.
 func TestRefreshNearTheEnd(t *testing.T) {
