@@ -112,8 +112,8 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // seconds, or for as long as what it replaces. On one replica a watch that was cut
 // off does the same about a key that was gone when it came back.
 //
-// There are exceptions: a bucket that is full, has delete markers or has a TTL of
-// its own; and a key to which an older revision comes back, because another client
+// There are exceptions: a bucket that is full, has delete markers, has a TTL of its
+// own or takes only messages of some hundred bytes; and a key to which an older revision comes back, because another client
 // wrote the one that expired. There a watch may report an expiry that only a leader
 // that was cut off confirms, or that of a value whose refresh the watch missed while
 // it was cut off itself.

@@ -69,7 +69,19 @@ func (b *bucket) probeSome(budget *retryBudget, e *epoch, questions []question) 
 			results[places[i]] = result
 		}
 	}
+	for i := range results {
+		if results[i].refused {
+			results[i] = b.askByReading(budget, questions[i].key)
+		}
+	}
 	return results
+}
+
+// askByReading asks in a bucket that refuses probes whatever they ask: those that it
+// lets in are too small, or it is full. It does not see a write that is under way.
+func (b *bucket) askByReading(budget *retryBudget, key string) probeResult {
+	r, err := b.leaderRecord(budget, key)
+	return probeResult{last: r.revision, known: err == nil}
 }
 
 // followUp changes the question to what is to be asked next, if its answer leaves
