@@ -206,6 +206,39 @@ func TestOneWaiterOnACluster(t *testing.T) {
 	}
 }
 
+// TestReleaseBeforeTheSubscription: in a cluster, a release may be published where the
+// waiter's subscription is not known yet. The waiter looks once more.
+func TestReleaseBeforeTheSubscription(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster")
+	}
+	t.Parallel()
+	const ttl = time.Minute
+	c := startCluster(t)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[0].ClientURL()), Bucket: "b", Replicas: 3})
+	holder := mustLock(t, openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[1].ClientURL()), Bucket: "b", Replicas: 3}), "l", ttl)
+	next := make(chan Lock, 1)
+	go func() {
+		lock, err := Acquire(context.Background(), s, "l", ttl)
+		assert.NoError(t, err)
+		next <- lock
+	}()
+	eventually(t, func() bool { return s.locks.waits.waiting("l") }, "it waits")
+	s.locks.waits.mu.Lock()
+	subs := s.locks.waits.queue["l"].subs
+	s.locks.waits.mu.Unlock()
+	for _, sub := range subs { // as if the release came before them
+		require.NoError(t, sub.Unsubscribe())
+	}
+	require.NoError(t, holder.Unlock())
+	select {
+	case lock := <-next:
+		require.NoError(t, lock.Unlock())
+	case <-time.After(ttl / 2):
+		require.FailNow(t, "the waiter waits for the end of a lease that was given back")
+	}
+}
+
 // TestWaitEndsDuringAnAttempt: a wait that ends after its attempt to acquire the
 // lock was sent does not say that somebody else held the lock. Nobody else has to
 // wait for the lease's end.
@@ -442,6 +475,31 @@ func TestBucketsThatCannotHoldLocks(t *testing.T) {
 	})
 }
 
+// TestLocksBucketMadeUnfit: once the settings that a store knows are a minute old, it
+// grants no lock in a bucket that was made unfit for locks since.
+func TestLocksBucketMadeUnfit(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t, nil).ClientURL())
+	ctx, js := t.Context(), newJetStream(t, nc)
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
+	stream, err := js.Stream(ctx, "KV_b-locks")
+	require.NoError(t, err)
+	cfg := stream.CachedInfo().Config
+	cfg.MaxAge, cfg.Duplicates = 10*time.Second, 10*time.Second
+	_, err = js.UpdateStream(ctx, cfg)
+	require.NoError(t, err)
+	old := *s.locks.opened().settings.Load()
+	old.checked = old.checked.Add(-2 * lockSettingsLife)
+	s.locks.opened().settings.Store(&old)
+	_, err = s.Lock("l", time.Minute)
+	assert.ErrorContains(t, err, "max_age")
+	// Or it is gone.
+	s.locks.opened().settings.Store(&old)
+	require.NoError(t, js.DeleteStream(ctx, "KV_b-locks"))
+	require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
+}
+
 // TestLocksBucketDeleted: the bucket of the locks is deleted, while somebody
 // listens to everything. Locks work again, and their tokens grow on.
 func TestLocksBucketDeleted(t *testing.T) {
@@ -473,31 +531,6 @@ func TestLocksBucketDeleted(t *testing.T) {
 			require.NoError(t, l.Unlock())
 		}
 	}
-}
-
-// TestLocksBucketMadeUnfit: once the settings that a store knows are a minute old, it
-// grants no lock in a bucket that was made unfit for locks since.
-func TestLocksBucketMadeUnfit(t *testing.T) {
-	t.Parallel()
-	nc := connect(t, startServer(t, nil).ClientURL())
-	ctx, js := t.Context(), newJetStream(t, nc)
-	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
-	require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
-	stream, err := js.Stream(ctx, "KV_b-locks")
-	require.NoError(t, err)
-	cfg := stream.CachedInfo().Config
-	cfg.MaxAge, cfg.Duplicates = 10*time.Second, 10*time.Second
-	_, err = js.UpdateStream(ctx, cfg)
-	require.NoError(t, err)
-	old := *s.locks.opened().settings.Load()
-	old.checked = old.checked.Add(-2 * lockSettingsLife)
-	s.locks.opened().settings.Store(&old)
-	_, err = s.Lock("l", time.Minute)
-	assert.ErrorContains(t, err, "max_age")
-	// Or it is gone.
-	s.locks.opened().settings.Store(&old)
-	require.NoError(t, js.DeleteStream(ctx, "KV_b-locks"))
-	require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
 }
 
 // TestRefreshNearTheEnd: a lease is refreshed just before its end, also if what

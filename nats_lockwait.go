@@ -39,6 +39,9 @@ const (
 	unchosenFactor = 10
 	// missedReleaseCheck is how often a waiter that cannot hear releases checks.
 	missedReleaseCheck = 2 * time.Second
+	// settleTime is how long a subscription takes, at most, to get to all servers of a
+	// cluster, so that no release is missed any more.
+	settleTime = time.Second
 	// waiterGroup is the queue group of those who wait for a lock: what is
 	// published to the lock's subject chooses one of them.
 	waiterGroup = "waiters"
@@ -63,6 +66,7 @@ type lockQueue struct {
 	waiters []chan struct{}      // each is closed when its turn comes; guarded by lockWaits.mu
 	held    bool                 // what the first one found when it last asked; guarded by lockWaits.mu
 	subs    []*nats.Subscription // none if the connection has refused to subscribe
+	since   time.Time            // when it subscribed
 	news    chan struct{}        // of one slot: something below is new
 
 	mu        sync.Mutex // guards what follows
@@ -255,13 +259,21 @@ func (s *natsLocks) sleep(ctx context.Context, q *lockQueue, holder record, aske
 	case holder.deadline == 0:
 		found.until = answered.Add(time.Hour)
 	}
-	e, _ := s.data.current()
+	e, status := s.data.current()
+	settled := e.began.Add(settleTime)
+	if s := q.since.Add(settleTime); s.After(settled) {
+		settled = s
+	}
+	settling := status == nats.CONNECTED && asked.Before(settled) && s.data.elections()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
 		wake := q.wake(&found)
 		if len(q.subs) == 0 || s.missesReleases {
 			wake = earlier(wake, answered.Add(missedReleaseCheck))
+		}
+		if settling {
+			wake = earlier(wake, settled)
 		}
 		timer.Reset(time.Until(wake))
 		select {
@@ -383,7 +395,7 @@ func (q *lockQueue) subscribe(nc *nats.Conn, subject string) {
 	if err != nil {
 		return
 	}
-	q.subs = append(q.subs, sub)
+	q.subs, q.since = append(q.subs, sub), time.Now()
 	if sub, err = nc.QueueSubscribe(subject, waiterGroup, q.choose); err == nil {
 		q.subs = append(q.subs, sub)
 	}

@@ -155,10 +155,11 @@ type requester struct {
 // An epoch is a time during which the connection stays what it is: up or down.
 type epoch struct {
 	status nats.Status
+	began  time.Time
 	over   chan struct{}
 }
 
-func newEpoch(status nats.Status) *epoch { return &epoch{status, make(chan struct{})} }
+func newEpoch(status nats.Status) *epoch { return &epoch{status, time.Now(), make(chan struct{})} }
 
 // An exchange is a request that waits for its answer.
 type exchange struct {
