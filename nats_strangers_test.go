@@ -380,8 +380,9 @@ func TestOddLockRecord(t *testing.T) {
 	}
 }
 
-// TestRandomMessages stores messages with random headers and data: the methods
-// never fail, and agree with each other.
+// TestRandomMessages stores messages with random headers and data, in every third
+// bucket by a stream that republishes them there: the methods never fail, and agree
+// with each other.
 func TestRandomMessages(t *testing.T) {
 	t.Parallel()
 	seed := uint64(time.Now().UnixNano())
@@ -392,7 +393,8 @@ func TestRandomMessages(t *testing.T) {
 	nc := connect(t, srv.ClientURL())
 	pick := func(from ...string) string { return from[rnd.IntN(len(from))] }
 	names := []string{"KV-Operation", "Nats-Marker-Reason", "Nats-Stream", "Nats-Sequence", "Nats-Subject", "Nats-Time-Stamp",
-		"Nats-Num-Pending", "Status", "Description", "State", "Nats-Msg-Size", "foo", "", "a b"}
+		"Nats-Num-Pending", "Status", "Description", "State", "Nats-Msg-Size", "foo", "", "a b",
+		"Nats-TTL: 1h\r\nfoo", "Nats-TTL: never\r\nfoo", "Nats-Rollup: sub\r\nfoo"}
 	values := []string{"DEL", "PURGE", "MaxAge", "KV_b", "KV_fuzz", "1", "0", "-1", "99999999999999999999", "404", "x c=5 d=6 t=7",
 		"$KV.b.other", "2020-01-01T00:00:00Z", "", "\xff", "\x00"}
 	block := func() string {
@@ -408,6 +410,12 @@ func TestRandomMessages(t *testing.T) {
 		bucket := fmt.Sprintf("fuzz-%d", round)
 		s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: bucket})
 		watch := observe(mustWatch(t, s, "*"))
+		store := func(key, hdr string, data []byte) bool {
+			return raw.store(t, "$KV."+bucket+"."+key, hdr, data) != 0
+		}
+		if round%3 == 2 {
+			store = republisher(t, nc, raw, s, bucket)
+		}
 		var keys []string
 		for i := range 60 {
 			key := fmt.Sprintf("%s.%d", pick("a", "b", "c"), i)
@@ -419,7 +427,7 @@ func TestRandomMessages(t *testing.T) {
 			for i := range data {
 				data[i] = byte(rnd.Uint32())
 			}
-			if seq := raw.store(t, "$KV."+bucket+"."+key, hdr, data); seq == 0 {
+			if !store(key, hdr, data) {
 				continue
 			}
 			keys = append(keys, key)
@@ -448,7 +456,34 @@ func TestRandomMessages(t *testing.T) {
 		for _, key := range keys {
 			writable(t, s, key)
 		}
+		require.NoError(t, s.Delete("last")) // by the republisher
 		assert.Empty(t, agree(t, s, "", keys))
 		require.False(t, t.Failed(), "round %d", round)
+	}
+}
+
+// republisher makes a stream that republishes into a bucket, and returns what stores
+// messages in it, and waits until they are in the bucket, too, if the bucket takes
+// them.
+func republisher(t *testing.T, nc *nats.Conn, raw *rawClient, s *NATSStore, bucket string) func(key, hdr string, data []byte) bool {
+	t.Helper()
+	js := newJetStream(t, nc)
+	source := "source." + bucket + "."
+	_, err := js.CreateStream(t.Context(), jetstream.StreamConfig{
+		Name: "SOURCE-" + bucket, Subjects: []string{source + ">"}, AllowMsgTTL: true, AllowRollup: true,
+		RePublish: &jetstream.RePublish{Source: source + ">", Destination: "$KV." + bucket + ".>"},
+	})
+	require.NoError(t, err)
+	last := 0
+	return func(key, hdr string, data []byte) bool {
+		if raw.store(t, source+key, hdr, data) == 0 {
+			return false
+		}
+		last++ // what is republished after it comes after it
+		value := fmt.Sprint(last)
+		_, err := js.Publish(t.Context(), source+"last", []byte(value))
+		require.NoError(t, err)
+		eventually(t, func() bool { got, _ := s.Get("last"); return string(got) == value }, "it is republished")
+		return true
 	}
 }
