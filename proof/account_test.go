@@ -130,6 +130,6 @@ func setting(field string, value int) func(context.Context, *trouble) {
 
 // limited adjusts a load to an operator who sets limits.
 func limited(l *load) {
-	l.loose, l.evicts, l.endable, l.late = true, true, true, 20*time.Second
+	l.evicts, l.endable, l.late = true, true, 20*time.Second
 	l.allowed = []error{state.ErrStoreFull, state.ErrValueTooLarge}
 }

@@ -358,6 +358,9 @@ func (c *cluster) leader(stream string) (number int, current bool) {
 		return -1, false
 	}
 	var info struct {
+		Config struct {
+			Replicas int `json:"num_replicas"`
+		} `json:"config"`
 		Cluster struct {
 			Leader   string `json:"leader"`
 			Replicas []struct {
@@ -369,7 +372,7 @@ func (c *cluster) leader(stream string) (number int, current bool) {
 	if json.Unmarshal(answer.Data, &info) != nil {
 		return -1, false
 	}
-	current = len(info.Cluster.Replicas) == len(c.nodes)-1
+	current = len(info.Cluster.Replicas) == info.Config.Replicas-1
 	for _, r := range info.Cluster.Replicas {
 		current = current && r.Current && !r.Offline
 	}

@@ -37,6 +37,20 @@ func narrow() distance {
 	return d
 }
 
+// largest is the size of the largest value that a store takes whose server has the
+// usual limit.
+const largest = 1<<20 - 1<<10
+
+// both is two things at the same time.
+func both(one, other func(context.Context, *trouble)) func(context.Context, *trouble) {
+	return func(ctx context.Context, f *trouble) {
+		var wg sync.WaitGroup
+		wg.Go(func() { one(ctx, f) })
+		wg.Go(func() { other(ctx, f) })
+		wg.Wait()
+	}
+}
+
 // atADistance gives clients the time that answers take.
 func atADistance(l *load) { l.epoch, l.catchUp = 4*time.Second, 40*time.Second }
 
@@ -116,8 +130,7 @@ func numbers(ctx context.Context, f *trouble) {
 	}
 }
 
-// manyWaiters has 200 waiters take turns at a lock, while one who holds it
-// refreshes it.
+// manyWaiters has 200 waiters take turns at a lock.
 func manyWaiters(l *load, f *trouble, s, other state.Store, round int) {
 	const waiters = 200
 	name := fmt.Sprintf("many.%d", round)
@@ -195,8 +208,7 @@ func manyDeaths(l *load, f *trouble, s, other state.Store, round int) {
 	prefix := fmt.Sprintf("%sdead.%d.", noise, round)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	var wg sync.WaitGroup
-	var latest atomic.Int64
+	ends := make(chan time.Duration, watches) // when each of them saw the last death
 	deadline := time.Now().Add(4 * time.Second)
 	for range watches {
 		events, err := s.WithContext(ctx).Watch(prefix + "*")
@@ -204,22 +216,27 @@ func manyDeaths(l *load, f *trouble, s, other state.Store, round int) {
 			l.broke("one of %d watches: %v", watches, err)
 			return
 		}
-		wg.Go(func() {
+		go func() {
 			dead := map[string]bool{}
 			for ev := range events {
 				if ev.Operation == state.OpDelete {
+					late := time.Since(deadline)
+					if late < 0 {
+						l.broke("%s is reported dead %v too early", ev.Key, -late)
+					}
 					if dead[ev.Key] {
 						l.broke("%s is reported dead twice", ev.Key)
 					}
 					dead[ev.Key] = true
-				}
-				if len(dead) == keys {
-					latest.Store(max(latest.Load(), int64(time.Since(deadline))))
-					return
+					if len(dead) == keys {
+						ends <- late
+						return
+					}
 				}
 			}
 			l.broke("one of %d watches missed %d of %d deaths", watches, keys-len(dead), keys)
-		})
+			ends <- 0
+		}()
 	}
 	var writers sync.WaitGroup
 	for i := range 16 {
@@ -234,8 +251,10 @@ func manyDeaths(l *load, f *trouble, s, other state.Store, round int) {
 	writers.Wait()
 	written := time.Now()
 	time.AfterFunc(max(time.Until(deadline), 0)+20*time.Second, cancel)
-	wg.Wait()
-	late := time.Duration(latest.Load())
+	var late time.Duration
+	for range watches {
+		late = max(late, <-ends)
+	}
 	if allowed := max(written.Sub(deadline), 0) + 2*expiryWithin + l.slack(); late > allowed {
 		l.broke("the last of %d deaths was reported %v after the deadline", keys, late)
 	}
@@ -287,24 +306,43 @@ func (f *trouble) api(subject string, req, answer any) error {
 	return json.Unmarshal(msg.Data, answer)
 }
 
-// reconfigure changes one setting of the data bucket.
-func (f *trouble) reconfigure(field string, value any) error {
+// settings returns those of the data bucket.
+func (f *trouble) settings() (map[string]any, error) {
 	var info struct {
 		Config map[string]any `json:"config"`
 	}
-	if err := f.api("STREAM.INFO.KV_proof", nil, &info); err != nil {
+	err := f.api("STREAM.INFO.KV_proof", nil, &info)
+	return info.Config, err
+}
+
+// reconfigure changes one setting of the data bucket.
+func (f *trouble) reconfigure(field string, value any) error {
+	config, err := f.settings()
+	if err != nil {
 		return err
 	}
 	f.tell("%s becomes %v", field, value)
-	info.Config[field] = value
-	return f.api("STREAM.UPDATE.KV_proof", info.Config, nil)
+	config[field] = value
+	return f.api("STREAM.UPDATE.KV_proof", config, nil)
 }
 
+// replicas makes three of one, or one of three.
 func replicas(f *trouble) error {
+	config, err := f.settings()
+	if err != nil {
+		return err
+	}
 	f.load.cut.Store(true)
-	return f.reconfigure("num_replicas", 1+2*rand.IntN(2))
+	if config["num_replicas"] == 1.0 {
+		return f.reconfigure("num_replicas", 3)
+	}
+	return f.reconfigure("num_replicas", 1)
 }
-func raiseHistory(f *trouble) error { return f.reconfigure("max_msgs_per_subject", 1+rand.IntN(10)) }
+
+func changeHistory(f *trouble) error {
+	return f.reconfigure("max_msgs_per_subject", 1+rand.IntN(10))
+}
+
 func setMaxAge(f *trouble) error {
 	return f.reconfigure("max_age", (time.Hour + rand.N(time.Hour)).Nanoseconds())
 }
@@ -471,6 +509,15 @@ func TestDraining(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-events
+	lock, err := s.Lock("l", time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	waited := make(chan error, 1)
+	go func() {
+		_, err := state.Acquire(context.Background(), s, "l", time.Minute)
+		waited <- err
+	}()
 	if err := cl.nc.Drain(); err != nil {
 		t.Fatal(err)
 	}
@@ -480,11 +527,27 @@ func TestDraining(t *testing.T) {
 	}
 	for range events { //nolint:revive // until it is closed
 	}
+	if err := <-waited; !errors.Is(err, nats.ErrConnectionClosed) && !errors.Is(err, nats.ErrConnectionDraining) {
+		t.Errorf("acquire: %v", err)
+	}
 	if took := time.Since(began); took > 12*time.Second {
 		t.Errorf("it took %v", took)
 	}
-	if err := s.Put("k", nil, 0); err == nil {
-		t.Error("a Put succeeded on a closed connection")
+	waitFor(t, cl.nc.IsClosed)
+	for name, call := range map[string]func() error{
+		"put":     func() error { return s.Put("k", nil, 0) },
+		"get":     func() error { _, err := s.Get("k"); return err },
+		"keys":    func() error { _, err := s.Keys("*"); return err },
+		"lock":    func() error { _, err := s.Lock("other", time.Minute); return err },
+		"refresh": lock.Refresh,
+		"unlock":  lock.Unlock,
+	} {
+		if err := call(); !errors.Is(err, nats.ErrConnectionClosed) {
+			t.Errorf("%s on a closed connection: %v", name, err)
+		}
+	}
+	if _, err := s.Watch("*"); err != state.ErrWatchClosed { //nolint:errorlint // bare
+		t.Errorf("watch on a closed connection: %v", err)
 	}
 }
 

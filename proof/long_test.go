@@ -42,16 +42,28 @@ func TestLong(t *testing.T) {
 	}
 	began := time.Now()
 	var total result
+	sums := map[string]result{} // of each scenario
 	for round := 1; time.Since(began) < *long && !(*stop && t.Failed()); round++ {
 		for _, sc := range scenarios {
 			if *only != "" && sc.name != *only {
 				continue
 			}
-			t.Run(sc.name, func(t *testing.T) { total.add(sc.run(t, *each)) })
+			t.Run(sc.name, func(t *testing.T) {
+				r := sc.run(t, *each)
+				total.add(r)
+				sum := sums[sc.name]
+				sum.add(r)
+				sums[sc.name] = sum
+			})
 			t.Logf("after %v, round %d: %v", time.Since(began).Round(time.Second), round, total)
 			if time.Since(began) >= *long || *stop && t.Failed() {
 				break
 			}
+		}
+	}
+	for _, sc := range scenarios {
+		if sum, ran := sums[sc.name]; ran && sum.lacks(sc) {
+			t.Errorf("%s: too little happened to say anything: %v", sc.name, sum)
 		}
 	}
 }

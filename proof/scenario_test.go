@@ -221,7 +221,8 @@ func anything(faults ...func(context.Context, *trouble)) func(context.Context, *
 type result struct {
 	ops, refused, unknown int
 	histories, undecided  int
-	cycles, ttls, events  int64
+	cycles, kept          int64
+	ttls, events          int64
 	listings, caches, cut int64
 	faults                int
 	stale                 []staleRead
@@ -235,6 +236,7 @@ func (r *result) add(x result) {
 	r.histories += x.histories
 	r.undecided += x.undecided
 	r.cycles += x.cycles
+	r.kept += x.kept
 	r.ttls += x.ttls
 	r.events += x.events
 	r.listings += x.listings
@@ -245,13 +247,24 @@ func (r *result) add(x result) {
 	r.broken = append(r.broken, x.broken...)
 }
 
+// little reports whether too little happened to say anything.
+func (r result) little(sc scenario) bool {
+	return r.ops < 30 || r.cycles < 3 || r.events < 10 || sc.fault != nil && r.faults == 0
+}
+
+// lacks reports whether something never happened that does within a minute.
+func (r result) lacks(sc scenario) bool {
+	return r.little(sc) || 2*r.refused > r.ops || 100*r.undecided > r.histories ||
+		slices.Contains([]int64{r.kept, r.ttls, r.listings, r.caches, r.cut}, 0)
+}
+
 func (r result) String() string {
 	var latest time.Duration
 	for _, s := range r.stale {
 		latest = max(latest, s.after)
 	}
-	text := fmt.Sprintf("%d operations (%d failed cleanly, %d of unknown outcome), %d histories checked (%d undecided), %d lock cycles, %d expiries, %d listings, %d events, %d reads of a cache, %d calls cut short, %d faults, %d broken rules",
-		r.ops, r.refused, r.unknown, r.histories, r.undecided, r.cycles, r.ttls, r.listings, r.events, r.caches, r.cut, r.faults, len(r.broken))
+	text := fmt.Sprintf("%d operations (%d failed cleanly, %d of unknown outcome), %d histories checked (%d undecided), %d lock cycles, %d locks held beyond their TTL, %d expiries, %d listings, %d events, %d reads of a cache, %d calls cut short, %d faults, %d broken rules",
+		r.ops, r.refused, r.unknown, r.histories, r.undecided, r.cycles, r.kept, r.ttls, r.listings, r.events, r.caches, r.cut, r.faults, len(r.broken))
 	if len(r.stale) > 0 {
 		text += fmt.Sprintf(", %d stale reads through a leader cut off, the last %.1f s after the cut", len(r.stale), latest.Seconds())
 	}
@@ -309,7 +322,7 @@ func (sc scenario) run(t *testing.T, d time.Duration) (r result) {
 	}
 	r.listings, r.caches, r.cut = l.listings.Load(), l.cacheReads.Load(), l.cutShort.Load()
 	r.ops, r.refused, r.unknown = l.done, l.refused, l.unknown
-	r.cycles, r.ttls, r.events = l.lockCycles.Load(), l.ttlChecks.Load(), l.events.Load()
+	r.cycles, r.kept, r.ttls, r.events = l.lockCycles.Load(), l.kept.Load(), l.ttlChecks.Load(), l.events.Load()
 	t.Logf("%s: %v", sc.name, r)
 	for _, s := range r.stale {
 		t.Logf("%s: stale, %.3f s after the cut: %s", sc.name, s.after.Seconds(), s.text)
@@ -383,23 +396,28 @@ var scenarios = []scenario{
 	{name: "one-server-far", servers: 1, distance: far, adjust: atADistance},
 	{name: "one-server-narrow", servers: 1, distance: narrow, adjust: func(l *load) {
 		atADistance(l)
-		l.big, l.pace, l.catchUp, l.watchers = 1<<20, 50*time.Millisecond, 90*time.Second, 2
+		l.big, l.pace, l.catchUp, l.watchers = largest, 50*time.Millisecond, 90*time.Second, 2
 		l.transfer = 8 * time.Second // of the largest value, beside the rest
 	}},
 	{name: "one-server-traffic", servers: 1, beside: traffic, adjust: func(l *load) { l.timers = 4 }},
 	{name: "one-server-far-traffic", servers: 1, distance: far, beside: traffic, adjust: func(l *load) { atADistance(l); l.timers = 4 }},
 	{name: "one-server-busy", servers: 1, beside: burn},
 	{name: "one-server-connections", servers: 1, options: anyOptions},
+	{name: "one-server-connections-cut", servers: 1, options: anyOptions, fault: cutClients((*proxy).sever)},
 	{name: "one-server-numbers", servers: 1, beside: numbers, adjust: func(l *load) { l.keys, l.lockers = 2, 2 }},
+	{name: "one-server-far-numbers", servers: 1, distance: far, beside: both(numbers, traffic), adjust: func(l *load) {
+		atADistance(l)
+		l.keys, l.lockers = 2, 2
+	}},
 	{name: "one-server-operators", servers: 1, fault: operate(
-		raiseHistory, setMaxAge, mirror, stepBack), adjust: func(l *load) { l.loose = true }},
+		changeHistory, setMaxAge, mirror, stepBack), adjust: func(l *load) { l.ages = true }},
 	{name: "one-server-account", servers: 1, account: true, adjust: limited, fault: anything(
 		deny("$KV.proof.>"), deny("$KV.proof-locks.>"), deny("$JS.API.STREAM.>"), deny("$JS.API.CONSUMER.>"), deny("$JS.API.DIRECT.>"),
 		replaceCredentials, limit("max_file: 1K, max_memory: 1K"), limit("max_file: 1G, max_memory: 1G, max_consumers: 1"),
 		setting("max_msg_size", 10), setting("max_msgs", 1), setting("max_bytes", 1),
 	)},
 	{name: "three-servers-operators", servers: 3, fault: operate(
-		replicas, raiseHistory, setMaxAge, mirror, stepBack), adjust: func(l *load) { l.loose = true }},
+		replicas, changeHistory, setMaxAge, mirror, stepBack), adjust: func(l *load) { l.ages = true }},
 	{name: "three-servers-far", servers: 3, distance: far, adjust: atADistance},
 	{name: "three-servers-traffic", servers: 3, beside: traffic, adjust: func(l *load) { l.timers = 4 }},
 	{name: "one-server-restarts", servers: 1, fault: restart(false)},

@@ -24,14 +24,11 @@ func TestHistories(t *testing.T) {
 			if sc.servers == 0 && !sc.chaos {
 				d = 2 * time.Second
 			}
-			little := func(r result) bool {
-				return r.ops < 30 || r.cycles < 3 || r.events < 10 || sc.fault != nil && r.faults == 0
-			}
 			r := sc.run(t, d)
-			if little(r) {
+			if r.little(sc) {
 				r = sc.run(t, 4*d) // the processor is busy with something else
 			}
-			if little(r) {
+			if r.little(sc) {
 				t.Errorf("too little happened to say anything: %v", r)
 			}
 		})

@@ -28,7 +28,7 @@ type load struct {
 	transfer                        time.Duration // how long what is in front of an event may take
 	catchUp                         time.Duration // how long watches may take to catch up at the end
 	quiet                           bool          // no faults: calls that are cut short must return at once
-	loose                           bool          // settings change that entries depend on
+	ages                            bool          // a max_age of an hour or two comes and goes
 	evicts                          bool          // the bucket may remove any entry without a message
 	endable                         bool          // watches may end
 	allowed                         []error       // sentinels that are documented for what an operator does
@@ -48,8 +48,8 @@ type load struct {
 	suspects []suspect
 	notes    []string
 
-	lockCycles, ttlChecks, events, listings, cacheReads, cutShort atomic.Int64
-	cut                                                           atomic.Bool // a client was cut off
+	lockCycles, kept, ttlChecks, events, listings, cacheReads, cutShort atomic.Int64
+	cut                                                                 atomic.Bool // a client was cut off
 }
 
 // A write is one that was tried.
@@ -57,6 +57,7 @@ type write struct {
 	value     string // "" for a deletion
 	ttl       time.Duration
 	call, ret int64 // ret is never unless it was acknowledged
+	refused   bool  // it failed, and said that it changed nothing
 }
 
 func newLoad(open func() (state.Store, func() (state.Store, error), error)) *load {
@@ -189,11 +190,21 @@ func (l *load) acked(w *write) {
 	w.ret = ret
 }
 
+// refusedWrite records that a write failed and says that it changed nothing.
+func (l *load) refusedWrite(w *write) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	w.refused = true
+}
+
 // value returns a value that no other write has.
 func (l *load) value(client, n int) string {
 	value := fmt.Sprintf("%d.%d", client, n)
 	if l.big > 0 && rand.IntN(20) == 0 {
 		size := rand.IntN(l.big>>rand.IntN(8) - len(value))
+		if rand.IntN(10) == 0 {
+			size = l.big - len(value) - len(".")
+		}
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		if l.bulk+int64(size) > int64(l.big)+l.now()/int64(time.Second)*bulkRate {
@@ -359,7 +370,11 @@ func (l *load) useKeys(ctx context.Context, client int, s state.Store) {
 		end(call, err)
 		switch {
 		case err == nil:
-			if w != nil && !out.conflict {
+			switch {
+			case w == nil:
+			case out.conflict:
+				l.refusedWrite(w)
+			default:
 				l.acked(w)
 			}
 			l.register(client, key, in, call, out)
@@ -367,6 +382,9 @@ func (l *load) useKeys(ctx context.Context, client int, s state.Store) {
 			out.unknown = true
 			l.register(client, key, in, call, out)
 		default:
+			if w != nil {
+				l.refusedWrite(w)
+			}
 			l.refuse()
 		}
 		l.rest(ctx, l.pace)
@@ -439,6 +457,7 @@ func (l *load) closeStores(ctx context.Context, client int, open func() (state.S
 						l.acked(w)
 						l.register(client+10*i, key, in, call, out)
 					case err == state.ErrClosed: //nolint:errorlint // bare
+						l.refusedWrite(w)
 						l.refuse()
 						select {
 						case <-closing:
@@ -450,6 +469,7 @@ func (l *load) closeStores(ctx context.Context, client int, open func() (state.S
 						out.unknown = true
 						l.register(client+10*i, key, in, call, out)
 					default:
+						l.refusedWrite(w)
 						l.refuse()
 					}
 					l.rest(ctx, 4*l.pace)
@@ -596,7 +616,10 @@ func (l *load) awaitAndHold(client int, s state.Store, name string, ttl time.Dur
 		}
 		return nil
 	})
-	if err != nil && err != state.ErrLockExpired && err != state.ErrLockNotHeld && err != state.ErrClosed { //nolint:errorlint // bare
+	switch {
+	case err == nil && relied >= got+int64(ttl):
+		l.kept.Add(1)
+	case err != nil && err != state.ErrLockExpired && err != state.ErrLockNotHeld && err != state.ErrClosed: //nolint:errorlint // bare
 		l.unexpected("hold", err)
 	}
 	l.mu.Lock()

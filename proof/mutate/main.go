@@ -80,6 +80,15 @@ var suite = map[string]string{
 	"deletes":          "proof -run ^TestDeleteAnomaly$",
 	"altered":          "proof -run ^TestReadsAsOperatorsChange$",
 	"starve":           "proof -run ^TestPutDoesNotStarve$",
+	"stalled-link":     ". -run ^Test(Context|Close)OnAStalledLink$",
+	"old-clock":        ". -run ^TestCreatedByAnOldClock$",
+	"marker-forgotten": ". -run ^TestMarkerIsForgotten$",
+	"max-age-raised":   ". -run ^TestMaxAgeRaised$",
+	"purge-in-doubt":   ". -run ^TestPurgeInDoubt$",
+	"small-messages":   ". -run ^TestExpiryInABucketOfSmallMessages$",
+	"made-unfit":       ". -run ^TestLocksBucketMadeUnfit$",
+	"unheard-release":  ". -run ^TestReleaseBeforeTheSubscription$",
+	"lost-writes":      ". -run ^TestAcknowledgedWritesLost$",
 	"strangers":        "proof -run ^TestStrangers$",
 }
 
@@ -129,7 +138,7 @@ var mutations = []mutation{
 	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
 	{"hold-outlives-its-lease", []edit{{"	r.lost.Store(true)\n	r.cancel(ErrLockExpired)\n", ""}}, []string{"memory-suite"}},
 	{"hold-counts-on-a-refresh-that-it-joined", []edit{{"if r.until = validUntil(r.lock); r.until.IsZero() {", "if r.until = (time.Time{}); r.until.IsZero() {"}}, []string{"joins"}},
-	{"hold-does-not-refresh", []edit{{"		switch err := r.refresh(); {\n", "		switch err := error(nil); {\n"}}, []string{"memory-suite", "nats-suite"}},
+	{"hold-does-not-refresh", []edit{{"		switch err := r.refresh(); {\n", "		switch err := error(nil); {\n"}}, []string{"memory-suite", "nats-suite", oneServer}},
 	{"a-clock-ahead", []edit{ // expiry by the clock of a client that is half a second ahead
 		{"	return c.base + timestamp(passed-passed/maxDrift)", "	return timestamp(time.Now().Add(500*time.Millisecond).UnixNano()) + 0*timestamp(passed)"},
 	}, []string{oneServer, "nats-suite"}},
@@ -203,7 +212,7 @@ var mutations = []mutation{
 		{"	return b.commit(budget, m, base, always)\n", "	for {\n		if base, err = b.contended(budget, m.key); err != nil {\n			return record{}, err\n		}\n		if r, err = b.commit(budget, m, base, ifUnchanged); err != errMoved || !b.wait(budget) {\n			return r, err\n		}\n	}\n"},
 	}, []string{"starve"}},
 	{"publishes-while-disconnected", []edit{
-		{"		case nats.CONNECTED:\n			if e.status == nats.CONNECTED || late {", "		case nats.CONNECTED, nats.RECONNECTING:\n			if true {"},
+		{"		case nats.CONNECTED:\n			return e, nil\n", "		case nats.CONNECTED, nats.RECONNECTING:\n			return e, nil\n"},
 	}, []string{"late-writes"}},
 	{"lost-answers-are-failures", []edit{{"		case lost:\n			inDoubt = err\n", "		case lost:\n			return record{}, err\n"}}, []string{"load one-server-kills", "load one-server-restarts"}},
 	{"binding-changes-the-history", []edit{{"has > 0 && int64(b.want.history) > has {", "has > 0 && b.want.history > 0 && int64(b.want.history) != has {"}}, []string{"binding"}},
@@ -262,6 +271,19 @@ var mutations = []mutation{
 	{"follow-drops-expiries", []edit{{"(!exists || ev.Revision < known.revision):", "(!exists || ev.Revision <= known.revision):"}}, []string{inMemory, oneServer}},
 	{"follow-goes-back", []edit{{"	case ev.Operation == OpPut && exists && ev.Revision <= known.revision:\n", "	case false:\n"}}, []string{"follow"}},
 	{"a-cache-that-is-always-new", []edit{{"	return c.reached.asOf\n", "	return time.Now()\n"}}, []string{oneServer, "load one-server-far"}},
+
+	// What readers found.
+	{"calls-wait-while-the-library-dials", []edit{{"	if e.status != nats.CONNECTED {\n		return e, e.status\n	}\n", ""}}, []string{"stalled-link"}},
+	{"created-by-an-old-clock", []edit{{"	old := e.age > oldSample\n", "	old := e.age < 0\n"}}, []string{"old-clock"}},
+	{"a-clock-that-writes-do-not-renew", []edit{{"	if b.readClock().age > renewSample {\n", "	if false {\n"}}, []string{"old-clock"}},
+	{"markers-are-remembered-for-ever", []edit{{"	now := b.clock.now()\n	switch {\n	case r.removal.passed(now - timestamp(2*time.Second)):\n", "	now := b.clock.now()\n	switch {\n	case !r.deleted && r.removal.passed(now-timestamp(2*time.Second)):\n"}}, []string{"marker-forgotten"}},
+	{"expiry-by-an-old-max-age", []edit{{"			if info.config.MaxAge != f.maxAge {\n", "			if false {\n"}}, []string{"max-age-raised"}},
+	{"a-write-by-an-old-max-age", []edit{{"	case r.aged && r.deadline.passed(now):\n", "	case false:\n"}}, []string{"max-age-raised"}},
+	{"a-purge-in-doubt-has-failed", []edit{{"		if apiCode(err) == 0 && !errors.Is(err, nats.ErrNoResponders) {\n", "		if false {\n"}}, []string{"purge-in-doubt"}},
+	{"no-questions-in-a-small-bucket", []edit{{"		if results[i].refused {\n", "		if false {\n"}}, []string{"small-messages"}},
+	{"locks-by-old-settings", []edit{{"			_, err = b.info(budget)\n		}\n		if err == nil {\n			err = b.validate", "			b.check()\n		}\n		if err == nil {\n			err = b.validate"}}, []string{"made-unfit"}},
+	{"a-release-before-the-subscription", []edit{{"		if settling {\n", "		if settling && len(q.subs) == 0 {\n"}}, []string{"unheard-release"}},
+	{"lost-writes-are-believed-for-ever", []edit{{"			b.settleDoubt(known.revision)\n", ""}}, []string{"lost-writes"}},
 
 	// Keys, bytes, resources.
 	{"star-without-the-empty-rest", []edit{
