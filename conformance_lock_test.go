@@ -424,13 +424,17 @@ var withLockCases = []conformanceCase{
 		s := dial()
 		for _, lapsed := range []bool{false, true} {
 			withLongerTTL(t, 500*time.Millisecond, func(ttl time.Duration) bool {
-				late := ttl / 2
+				late := ttl * 2 / 3
 				if lapsed {
 					late = ttl + 20*time.Millisecond
 				}
 				first, ran := true, 0
+				var end time.Time // of the first lease, unless it is refreshed
 				m := meddler{Store: s, granted: func(l Lock) Lock {
 					if first { // it is handed over late
+						if info, err := s.LockHolder("l"); err == nil {
+							end = info.Expires
+						}
 						time.Sleep(late)
 					}
 					first = false
@@ -441,6 +445,7 @@ var withLockCases = []conformanceCase{
 					ran++
 					if info, err := s.LockHolder("l"); err == nil {
 						left = time.Until(info.Expires)
+						assert.True(t, info.Expires.After(end), "fn was called on what was left of the first lease")
 					}
 					time.Sleep(ttl / 4)
 					return ctx.Err()

@@ -49,13 +49,19 @@ func TestTinyTTLsPassInABubble(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			s := NewMemoryStore()
 			defer s.Close()
-			err := WithLock(context.Background(), s, "l", ttl, func(ctx context.Context, _ uint64) error {
+			work := func(ctx context.Context, _ uint64) error {
 				select {
 				case <-ctx.Done():
 				case <-time.After(time.Second):
 				}
 				return nil
-			})
+			}
+			var renewals atomic.Int64
+			counted := meddler{Store: s, granted: func(l Lock) Lock { return renewalsOf{l.(*lease), &renewals} }}
+			refuses(t, ErrLockExpired, WithLock(context.Background(), counted, "counted", ttl, work), ttl)
+			// One each millisecond, if the lease allows; none would come to an end.
+			require.LessOrEqual(t, renewals.Load(), int64(2000), ttl)
+			err := WithLock(context.Background(), s, "l", ttl, work)
 			refuses(t, ErrLockExpired, err, ttl)
 			require.NoError(t, WithLock(context.Background(), s, "l", ttl, func(context.Context, uint64) error { return nil }))
 
@@ -66,6 +72,20 @@ func TestTinyTTLsPassInABubble(t *testing.T) {
 			refuses(t, ErrNotFound, err)
 		})
 	}
+}
+
+// A renewalsOf is a lock that counts how often it is refreshed, and is lost when that
+// does not end.
+type renewalsOf struct {
+	*lease
+	n *atomic.Int64
+}
+
+func (l renewalsOf) Refresh() error {
+	if l.n.Add(1) > 2000 {
+		return ErrLockExpired
+	}
+	return l.lease.Refresh()
 }
 
 // TestMemoryStoreZeroValue: no method of a store that was not opened panics.

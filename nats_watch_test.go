@@ -690,6 +690,23 @@ func TestExpiriesOnReplicas(t *testing.T) {
 			require.NoError(t, err, "it is free for other clients, too")
 		}
 	})
+	t.Run("over what lives longer", func(t *testing.T) {
+		// Otherwise what hides the older values stays for ten minutes.
+		s := openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[0].ClientURL()), Bucket: "longer", Replicas: 3})
+		kv, err := js.KeyValue(ctx, "longer")
+		require.NoError(t, err)
+		watch := observe(mustWatch(t, s, "k.*"))
+		for i := range keys {
+			_, err := kv.Put(ctx, name(i), []byte("durable"))
+			require.NoError(t, err)
+			require.NoError(t, s.Put(name(i), []byte("short"), time.Second))
+		}
+		for i := range keys {
+			eventually(t, func() bool { last := watch.last(name(i)); return last != nil && last.Operation == OpDelete }, "an expiry")
+			_, err := kv.Create(ctx, name(i), nil)
+			require.NoError(t, err, "it is free for other clients")
+		}
+	})
 	t.Run("history", func(t *testing.T) {
 		require.Equal(t, keys, expire(t, jetstream.KeyValueConfig{Bucket: "history", History: 5}, time.Second, nothing))
 	})
