@@ -785,6 +785,32 @@ func TestReadsAfterALeadersDeath(t *testing.T) {
 	assert.Less(t, write, 30*time.Second)
 }
 
+// TestReadAsksAgainBetweenLeaders: what comes between two leaders is never answered. A
+// read asks again often enough to be answered within its time.
+func TestReadAsksAgainBetweenLeaders(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster")
+	}
+	t.Parallel()
+	srv := startCluster(t).servers[0]
+	const unanswered = 4 // so many requests take half of the five seconds that a read has
+	var electing atomic.Bool
+	var asked atomic.Int64
+	relay(t, srv, func(nc *nats.Conn, msg *nats.Msg) {
+		if electing.Load() && strings.HasPrefix(msg.Subject, "$JS.API.STREAM.MSG.GET") && asked.Add(1) <= unanswered {
+			return
+		}
+		_ = nc.PublishMsg(msg)
+	})
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b", Replicas: 3, APIPrefix: "through"})
+	require.NoError(t, s.Put("k", []byte("v"), 0))
+	electing.Store(true)
+	value, err := s.Get("k")
+	require.NoError(t, err, "after %d requests", asked.Load())
+	assert.Equal(t, "v", string(value))
+	assert.EqualValues(t, unanswered+1, asked.Load())
+}
+
 // startProcessCluster runs three servers in processes of their own, named s0 to
 // s2, that can be killed.
 func startProcessCluster(t testing.TB) []*process {

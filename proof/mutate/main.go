@@ -85,6 +85,7 @@ var suite = map[string]string{
 	"with-lock-nested": ". -run ^TestMemoryStoreConformance$/^with-lock-nested$",
 	"hold-lost":        ". -run ^TestMemoryStoreConformance$/^hold-lost$",
 	"tiny-ttls":        ". -run ^TestTinyTTLsPassInABubble$",
+	"between-leaders":  ". -run ^TestReadAsksAgainBetweenLeaders$",
 	"stalled":          ". -run ^TestStalledRefreshes$",
 	"burners":          ". -run ^TestRefreshBesideBurners$",
 	"bucket-of-locks":  ". -run ^TestStoreOnABucketOfLocks$",
@@ -292,6 +293,7 @@ var mutations = []mutation{
 		{"	ctx, cancel := context.WithTimeout(context.Background(), lockTimeout)\n	defer cancel()\n	select {\n	case l.turn <- struct{}{}:\n	case <-ctx.Done():\n		return opError(\"unlock\", l.key, ctx.Err()) // a Refresh is under way\n	}\n", "	l.turn <- struct{}{}\n	ctx, cancel := context.WithTimeout(context.Background(), lockTimeout)\n	defer cancel()\n"},
 	}, []string{"stalled"}},
 	{"data-among-locks", []edit{{"	case strings.HasSuffix(cfg.Bucket, locksSuffix):\n", "	case false:\n"}}, []string{"bucket-of-locks"}},
+	{"reads-repeat-late", []edit{{"now.Sub(w.sent) >= repeatInterval && quiet", "now.Sub(w.sent) >= min(repeatInterval<<(w.copies-1), 2*time.Second) && quiet"}}, []string{"between-leaders"}},
 	{"calls-outlive-close", []edit{{"		case <-w.r.life.Done():\n			return arrival, ErrClosed\n", ""}}, []string{"close-stalled"}},
 	{"answers-unheard-for-good", []edit{{"				w.r.resubscribe()\n				return arrival", "				return arrival"}}, []string{"revoked"}},
 
