@@ -135,11 +135,11 @@
 //
 // The holder's own view is conservative: it counts its lease from before the
 // request was sent, so it sees the lease lapse before the store can grant the
-// lock to anybody else, unless its machine was suspended: clocks of Go stand still
-// then. But it has to look. A holder that is paused between
-// looking and acting acts too late, with any lock service. The resource that it
-// acts on must refuse that, by the token of [Fenced]. A key in the store can
-// refuse, too, with [Modify] or Update of [Store].
+// lock to anybody else, unless its machine was suspended: Go's clocks stand still
+// then. But it has to look. A holder that is paused between looking and acting acts
+// too late, with any lock service. The resource that it acts on must refuse that, by
+// the token of [Fenced]. A key in the store can refuse, too, with [Modify] or Update
+// of [Store].
 //
 // Lock does not wait. [WithLock] does. It also refreshes the lock, and cancels the
 // function's context when the lease can no longer be counted on. LockHolder

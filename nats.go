@@ -113,10 +113,10 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // off does the same about a key that was gone when it came back.
 //
 // There are exceptions: a bucket that is full, has delete markers, has a TTL of its
-// own or takes only messages of some hundred bytes; and a key to which an older revision comes back, because another client
-// wrote the one that expired. There a watch may report an expiry that only a leader
-// that was cut off confirms, or that of a value whose refresh the watch missed while
-// it was cut off itself.
+// own, or takes only messages of some hundred bytes; and a key to which an older
+// revision comes back, because another client wrote the one that expired. There a
+// watch may report an expiry that only a leader that was cut off confirms, or that of
+// a value whose refresh was under way, or was missed while the watch was cut off.
 //
 // An acknowledgement means that a majority of the replicas has the change. The
 // servers' sync_interval says when they sync it to the disk.
@@ -292,8 +292,9 @@ func (s *NATSStore) get(key string) (record, error) {
 // Put implements [StateStore]. It costs one request if the key is new or this
 // store wrote it last, two if others write it, too, and three when the store
 // finds that out or if the last value has expired. It costs four if the last value
-// is about to expire and somebody replaces it meanwhile. All writes of a store together
-// cost one more each minute, in the background, for the server's time.
+// is about to expire and somebody replaces it meanwhile. All writes to a bucket together
+// cost one more each minute, in the background, for the server's time. If a new key is
+// the first write in five minutes, its next Put costs one more.
 func (s *NATSStore) Put(key string, value []byte, ttl time.Duration) error {
 	ctx, m, err := s.beginPut("put", key, value, ttl)
 	if err != nil {

@@ -130,6 +130,7 @@ func newBucket(r *requester, name string, want bucketWant) *bucket {
 func (b *bucket) on(r *requester) *bucket {
 	c := newBucket(r, b.name, b.want)
 	c.settings.Store(b.settings.Load())
+	c.clock.copy(&b.clock)
 	return c
 }
 

@@ -110,7 +110,7 @@ func (c *recordCache) forget(key string) {
 	}
 }
 
-// clear drops everything: the bucket is another one.
+// clear drops everything: the bucket is another one, or has lost what was in it.
 func (c *recordCache) clear() {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -26,9 +26,9 @@ const (
 	decisionMargin = timestamp(time.Second)
 	// maxDrift is by how much clocks may run at different speeds: 1 in so many.
 	maxDrift = 5000
-	// A write has a sample renewed, in the background, that is older than renewSample.
-	// By one that is older than oldSample a writer does not tell when a key came into
-	// being.
+	// A write has a sample renewed, in the background, that is older than renewSample. A
+	// writer whose sample is older than oldSample leaves it to the server to say when a
+	// key came into being.
 	renewSample = time.Minute
 	oldSample   = 5 * time.Minute
 )
@@ -49,6 +49,13 @@ func (c *serverClock) set(base timestamp, asked time.Time, e *epoch) {
 		}
 	}
 	c.base, c.at, c.trip, c.epoch = base, now, trip, e
+}
+
+// copy takes over what another estimate of the same clock knows.
+func (c *serverClock) copy(of *serverClock) {
+	of.mu.Lock()
+	defer of.mu.Unlock()
+	c.base, c.at, c.trip, c.epoch = of.base, of.at, of.trip, of.epoch
 }
 
 // observe notes the time at which the server wrote something that has arrived

@@ -135,8 +135,12 @@ func (e encoder) encode(m mutation, base record, pre precondition) (header, reco
 	if e.rollup && (m.marker || m.ttl > 0) && (e.history || pre == always || outlives(base, next, m)) {
 		hdr.set(headerRollup, "sub")
 	}
-	if end := e.now.deadline(e.maxAge); !m.marker && next.deadline.outlives(end) {
+	end := e.now.deadline(e.maxAge)
+	if !m.marker && next.deadline.outlives(end) {
 		next.deadline, next.aged = end, true
+	}
+	if next.removal.outlives(end) {
+		next.removal = end
 	}
 	hdr.set(headerState, state.encode())
 	return hdr, next

@@ -2,6 +2,7 @@ package state
 
 import (
 	"math"
+	"slices"
 	"time"
 )
 
@@ -61,8 +62,12 @@ type liveKeys struct {
 	shrunk    bool        // since the last listing, so that messages were removed
 	lastList  time.Time
 	listPause time.Duration // until the next listing of a stream that has shrunk
-	maxAge    time.Duration // the bucket's, when the deadlines of what is aged were noted
+	maxAge    time.Duration // the bucket's, by which the deadlines of what is aged are; or mixedAges
+	retrying  bool          // a listing has failed, and is to be made again
 }
+
+// mixedAges stands for several ages.
+const mixedAges = -1
 
 func newLiveKeys(follow bool) liveKeys {
 	return liveKeys{
@@ -93,9 +98,11 @@ const replaced = -1
 // ended reports whether r, a later record of the key, shows that the value came to
 // its deadline: r was written on condition that nothing had replaced the value, or
 // it follows an expiry marker that was written on that condition. Any other record
-// may follow a refresh that was missed.
+// may follow a refresh that was missed. The deadline of what is aged may have been put
+// off: what carries the time on at which the key was created has not followed its end.
 func (t *tracked) ended(r *record) bool {
-	return r.expired == t.revision || r.base == t.revision && t.deadline.passed(r.modified)
+	lasted := t.aged && r.created == t.created
+	return r.expired == t.revision || r.base == t.revision && t.deadline.passed(r.modified) && !lasted
 }
 
 // A reportedDeletion is the last deletion or expiry of a key that was reported: a marker
@@ -156,7 +163,11 @@ func (f *feed) endListing(l listing, err error) {
 	case err == nil:
 		f.merge(l)
 	case f.source != nil:
-		f.later(time.Second, f.list)
+		f.retrying = true
+		f.later(time.Second, func() {
+			f.retrying = false
+			f.list()
+		})
 		return
 	}
 	if f.relist {
@@ -274,14 +285,11 @@ func (f *feed) expire() {
 				f.asking = false // it is cut off, or the bucket is another one
 				return
 			}
+			due := f.due(timestamp(info.Now.UnixNano()), f.window)
 			if info.config.MaxAge != f.maxAge {
-				// What is aged has other deadlines now.
-				f.asking = false
-				f.deferred = time.Now().Add(checkInterval)
-				f.list()
-				return
+				due = f.postponeAged(due)
 			}
-			f.probe(f.due(timestamp(info.Now.UnixNano()), f.window), true, f.expired)
+			f.probe(due, true, f.expired)
 		})
 	})
 }
@@ -303,10 +311,26 @@ func (f *feed) due(now timestamp, most int) []*tracked {
 	return due
 }
 
+// postponeAged takes out, of keys that are due, those whose deadline is that of the
+// bucket's MaxAge: it was changed, and a listing finds out when they end now.
+func (f *feed) postponeAged(due []*tracked) []*tracked {
+	f.deferred = time.Now().Add(checkInterval)
+	if !f.listing && !f.retrying {
+		f.list()
+	}
+	return slices.DeleteFunc(due, func(t *tracked) bool {
+		if t.aged {
+			f.expiries.set(&t.expiring, t.deadline)
+		}
+		return t.aged
+	})
+}
+
 // A finding is what the leader has of a key that the feed asked about.
 type finding struct {
 	t        *tracked
-	revision uint64 // that the key had for the feed when it was asked
+	revision uint64    // that the key had for the feed when it was asked,
+	deadline timestamp // and its deadline
 	probeResult
 }
 
@@ -315,7 +339,7 @@ type finding struct {
 func (f *feed) probe(keys []*tracked, over bool, then func([]finding)) {
 	findings, questions := make([]finding, len(keys)), make([]question, len(keys))
 	for i, t := range keys {
-		findings[i] = finding{t: t, revision: t.revision}
+		findings[i] = finding{t: t, revision: t.revision, deadline: t.deadline}
 		questions[i] = f.question(t, over)
 	}
 	if len(keys) == 0 {
@@ -366,6 +390,8 @@ func (f *feed) expired(findings []finding) {
 		switch {
 		case f.alive[t.key] != t || t.revision != found.revision:
 			// It was refreshed, or is gone, as has been reported.
+		case t.deadline != found.deadline:
+			// A listing has found another one.
 		case found.underWay && f.b.replicated() && f.b.marks():
 			// Maybe the marker of another store.
 			f.unconfirmed[t.key] = t

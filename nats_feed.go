@@ -555,9 +555,19 @@ func (f *feed) accept(msg *nats.Msg) error {
 	}
 	f.cursor = d.seq
 	if ok {
-		f.report(key, decode(msg.Header, msg.Data, d.seq, d.written, f.b.settings.Load().MaxAge))
+		f.report(key, decode(msg.Header, msg.Data, d.seq, d.written, f.currentAge()))
 	}
 	return nil
+}
+
+// currentAge returns the bucket's MaxAge, and notes if other deadlines are by another
+// one.
+func (f *feed) currentAge() time.Duration {
+	age := f.b.settings.Load().MaxAge
+	if age != f.maxAge {
+		f.maxAge = mixedAges
+	}
+	return age
 }
 
 // used notes that the server has used up some of what it was asked for, not before a
@@ -588,7 +598,7 @@ func (f *feed) readFromLeader(key string, seq uint64) {
 			default:
 				f.held, f.cursor = false, seq
 				if msg != nil {
-					f.report(key, msg.record(f.b.settings.Load().MaxAge))
+					f.report(key, msg.record(f.currentAge()))
 				}
 				f.afterReading()
 			}

@@ -45,8 +45,9 @@ type listed struct {
 // began.
 type listing struct {
 	all []listed
-	now timestamp // the server's clock when it began; what existed then, or was written since, has a later deadline
-
+	// now is the server's clock when it began. What existed then, or was written since,
+	// has a later deadline.
+	now    timestamp
 	maxAge time.Duration // the bucket's, by which the deadlines are
 }
 

@@ -39,8 +39,8 @@ const (
 	unchosenFactor = 10
 	// missedReleaseCheck is how often a waiter that cannot hear releases checks.
 	missedReleaseCheck = 2 * time.Second
-	// settleTime is how long a subscription takes, at most, to get to all servers of a
-	// cluster, so that no release is missed any more.
+	// settleTime is how long after it has subscribed a waiter in a cluster looks again:
+	// by then all servers know of the subscription.
 	settleTime = time.Second
 	// waiterGroup is the queue group of those who wait for a lock: what is
 	// published to the lock's subject chooses one of them.
@@ -261,8 +261,8 @@ func (s *natsLocks) sleep(ctx context.Context, q *lockQueue, holder record, aske
 	}
 	e, status := s.data.current()
 	settled := e.began.Add(settleTime)
-	if s := q.since.Add(settleTime); s.After(settled) {
-		settled = s
+	if since := q.since.Add(settleTime); since.After(settled) {
+		settled = since
 	}
 	settling := status == nats.CONNECTED && asked.Before(settled) && s.data.elections()
 	timer := time.NewTimer(0)

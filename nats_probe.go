@@ -71,15 +71,18 @@ func (b *bucket) probeSome(budget *retryBudget, e *epoch, questions []question) 
 	}
 	for i := range results {
 		if results[i].refused {
-			results[i] = b.askByReading(budget, questions[i].key)
+			results[i] = b.askByReading(budget, e, questions[i].key)
 		}
 	}
 	return results
 }
 
-// askByReading asks in a bucket that refuses probes whatever they ask: those that it
-// lets in are too small, or it is full. It does not see a write that is under way.
-func (b *bucket) askByReading(budget *retryBudget, key string) probeResult {
+// askByReading reads a key where the bucket refuses every probe, because it takes only
+// smaller messages or is full. It does not see a write that is under way.
+func (b *bucket) askByReading(budget *retryBudget, e *epoch, key string) probeResult {
+	if now, err := b.connected(budget); err != nil || now != e {
+		return probeResult{}
+	}
 	r, err := b.leaderRecord(budget, key)
 	return probeResult{last: r.revision, known: err == nil}
 }

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 // last reads the last record of a key. It sees every write that was
@@ -84,11 +85,13 @@ func (b *bucket) leaderLast(budget *retryBudget, key string) (record, error) {
 		if doubted.IsZero() {
 			doubted = time.Now()
 			b.log.Warn("state: the stream's leader knows less than it acknowledged", "bucket", b.name, "key", key)
-			b.settleDoubt(known.revision)
 		}
 		if b.cache.recall(key).revision == 0 || info.State.LastSeq >= known.revision && time.Since(doubted) > doubtFor {
 			b.cache.forget(key)
 			return r, nil
+		}
+		if info.State.LastSeq < known.revision {
+			b.settleDoubt(known.revision, info.Created)
 		}
 		if err := b.waitAfter(budget, errStaleLeader); err != nil {
 			return record{}, err
@@ -99,11 +102,12 @@ func (b *bucket) leaderLast(budget *retryBudget, key string) (record, error) {
 // doubtFor is how long an answer is doubted that is older than what is known.
 const doubtFor = 1500 * time.Millisecond
 
-// settleDoubt watches, in the background, a leader that does not have a revision that
-// was acknowledged. One that was cut off gives way within staleFor. If it is still the
-// same then, the servers have lost what they acknowledged, and the client forgets what
-// it knew: nothing else would ever be believed.
-func (b *bucket) settleDoubt(revision uint64) {
+// settleDoubt watches, in the background, the leader of a bucket that was created then
+// and lacks a revision that was acknowledged. A leader that was cut off gives way within
+// staleFor. If the revision is still missing then, the servers have lost what they
+// acknowledged, and the client forgets what it knew: otherwise it would believe no
+// leader any more.
+func (b *bucket) settleDoubt(revision uint64, created time.Time) {
 	if !b.doubting.CompareAndSwap(false, true) {
 		return
 	}
@@ -113,8 +117,12 @@ func (b *bucket) settleDoubt(revision uint64) {
 		for {
 			info, err := b.info(newBudget(b.life))
 			switch {
+			case errors.Is(err, jetstream.ErrBucketNotFound), b.isClosed():
+				return
 			case err != nil:
 				since = time.Time{}
+			case !info.Created.Equal(created):
+				return
 			case info.State.LastSeq >= revision:
 				return
 			case since.IsZero():

@@ -130,11 +130,11 @@ type requester struct {
 	log   *slog.Logger
 	stats counters
 
-	life     context.Context // until Close
-	close    context.CancelFunc
-	active   sync.WaitGroup // what Close waits for
-	released chan struct{}  // closed when follow has let go of the connection
-	payload  atomic.Int64   // the largest message, by the last connection
+	life   context.Context // until Close
+	close  context.CancelFunc
+	active sync.WaitGroup // what Close waits for
+	letGo  chan struct{}  // closed when follow has let go of the connection
+	maxMsg atomic.Int64   // the size of the largest message, by the last connection; 0 if unknown
 
 	pool sync.Pool // of exchanges
 
@@ -185,7 +185,7 @@ type connection struct {
 func newRequester(c connection) (*requester, error) {
 	status := c.nc.StatusChanged() // before the status is read: no change is missed
 	r := &requester{
-		nc: c.nc, api: "$JS.API.", log: c.log, released: make(chan struct{}),
+		nc: c.nc, api: "$JS.API.", log: c.log, letGo: make(chan struct{}),
 		exchanges: make(map[string]*exchange), epoch: newEpoch(c.nc.Status()), pool: sync.Pool{New: newExchange},
 	}
 	switch {
@@ -249,7 +249,7 @@ func (r *requester) stop() {
 	timer := time.NewTimer(checkInterval)
 	defer timer.Stop()
 	select {
-	case <-r.released:
+	case <-r.letGo:
 	case <-timer.C:
 	}
 }
@@ -269,18 +269,18 @@ func (r *requester) start(f func()) bool {
 // belongs to the requester, but Close does not wait for it if it has to wait for the
 // client library.
 func (r *requester) follow(status chan nats.Status) {
-	defer close(r.released)
+	defer close(r.letGo)
 	defer func() {
 		r.nc.RemoveStatusListener(status)
 		_ = r.sub.Unsubscribe() // nobody replaces it any more
 	}()
-	down := time.NewTicker(checkInterval)
-	defer down.Stop()
+	check := time.NewTicker(checkInterval)
+	defer check.Stop()
 	for {
-		if r.up() {
-			down.Stop()
+		if r.up() || r.isClosed() {
+			check.Stop()
 		} else {
-			down.Reset(checkInterval)
+			check.Reset(checkInterval)
 		}
 		select {
 		case st, open := <-status:
@@ -291,10 +291,11 @@ func (r *requester) follow(status chan nats.Status) {
 			if !open {
 				return
 			}
-		case <-down.C:
-			// The news that it is up is dropped if too much else was news.
-			if r.nc.Status() == nats.CONNECTED && len(status) == 0 {
-				r.begin(nats.CONNECTED)
+		case <-check.C:
+			// The client library drops an event if ten others wait.
+			st := r.nc.Status()
+			if (st == nats.CONNECTED || st == nats.CLOSED) && len(status) == 0 {
+				r.begin(st)
 			}
 		case <-r.life.Done():
 			return
@@ -347,10 +348,10 @@ func (r *requester) isClosed() bool {
 
 // maxPayload returns the size of the largest message that the server takes.
 func (r *requester) maxPayload() int {
-	if r.up() {
-		r.payload.Store(r.nc.MaxPayload())
+	if r.up() || r.maxMsg.Load() == 0 {
+		r.maxMsg.Store(r.nc.MaxPayload())
 	}
-	return int(r.payload.Load())
+	return int(r.maxMsg.Load())
 }
 
 // connected waits until the connection is up, and returns its epoch.
@@ -603,8 +604,10 @@ func await[T any](w *waiter, arrivals <-chan T) (arrival T, err error) {
 		case arrival := <-arrivals:
 			return arrival, nil
 		case <-w.timer.C:
-			if refusal := w.r.refusal(w.msg.Subject); w.unique && refusal != nil {
-				return arrival, fmt.Errorf("%s: %w", w.msg.Subject, refusal)
+			if w.unique {
+				if refusal := w.r.refusal(w.msg.Subject); refusal != nil {
+					return arrival, fmt.Errorf("%s: %w", w.msg.Subject, refusal)
+				}
 			}
 			switch w.check() {
 			case giveUp:

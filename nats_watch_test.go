@@ -591,7 +591,7 @@ func TestExpiryBeforeDelivery(t *testing.T) {
 	alive := make(chan bool, 1)
 	require.True(t, f.post(func() {
 		f.track("k", &record{entry: entry{revision: 9}, deadline: 1}, f.gaps, true)
-		f.expired([]finding{{f.alive["k"], 9, probeResult{last: 9, known: true}}})
+		f.expired([]finding{{f.alive["k"], 9, f.alive["k"].deadline, probeResult{last: 9, known: true}}})
 		alive <- f.alive["k"] != nil
 	}))
 	require.True(t, <-alive)
@@ -855,7 +855,7 @@ func TestExpiryNeedsAMajority(t *testing.T) {
 		require.Equal(t, OpPut, next("k").Operation)
 		require.True(t, f.post(func() {
 			k := f.alive["k"]
-			f.expired([]finding{{k, k.revision, probeResult{last: k.revision - 1, known: true}}})
+			f.expired([]finding{{k, k.revision, k.deadline, probeResult{last: k.revision - 1, known: true}}})
 		}))
 		require.NoError(t, s.Put("k", []byte("refreshed"), time.Hour))
 		require.Equal(t, "refreshed", string(next("k").Value))

@@ -104,8 +104,9 @@ func (b *bucket) evenIfFull(budget *retryBudget, m mutation, base record, err er
 	}{b.prefix + m.key, base.revision + 1}
 	if err := b.streamCall(budget, "STREAM.PURGE", b.stream, purge, nil); err != nil {
 		err = fmt.Errorf("purge a key of a full bucket: %w", err)
-		if apiCode(err) == 0 && !errors.Is(err, nats.ErrNoResponders) {
-			return unknownIf(err, nil) // it may have been sent
+		if apiCode(err) == 0 || passing(err) {
+			b.cache.forget(m.key)
+			return unknownIf(err, nil) // it, or an earlier attempt, may have been applied
 		}
 		return err
 	}
@@ -184,7 +185,7 @@ func (b *bucket) known(key string) record {
 	case r.removal.passed(now - timestamp(2*time.Second)):
 		return record{} // the server has removed it
 	case r.aged && r.deadline.passed(now):
-		return record{} // unless the bucket's MaxAge was raised
+		return record{} // so it has, unless the MaxAge was raised
 	}
 	return r
 }
