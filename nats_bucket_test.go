@@ -3,7 +3,7 @@ package state
 import (
 	"context"
 	"fmt"
-	"sync"
+	"strings"
 	"testing"
 	"time"
 
@@ -208,7 +208,7 @@ func TestStallDuringListing(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, nil)
 	near := connect(t, srv.ClientURL())
-	nc, p := connectAt(t, srv.ClientURL(), distance{rtt: 2 * time.Millisecond})
+	nc, p := connectAt(t, srv.ClientURL(), distance{rtt: 40 * time.Millisecond})
 	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
 	fillBucket(t, near, "b", "many.", 5000)
 	fillBucket(t, near, "b", "few.", 10)
@@ -236,22 +236,43 @@ func TestStallDuringListing(t *testing.T) {
 		}
 		return least
 	}
-	for pattern, want := range map[string]int{"many.*": 5000, "few.*": 10} {
-		before := cost(pattern, want)
-		for _, after := range []time.Duration{0, time.Millisecond, 5 * time.Millisecond, 12 * time.Millisecond} {
-			var wg sync.WaitGroup
-			wg.Go(func() {
+	asked := make(chan string, 10_000) // what the server has been asked
+	_, err := near.Subscribe("$JS.API.>", func(msg *nats.Msg) { asked <- msg.Subject })
+	require.NoError(t, err)
+	require.NoError(t, near.Flush())
+	patterns := map[string]int{"many.*": 5000, "few.*": 10}
+	before := map[string]bill{} // of either, before the first stall
+	for pattern, want := range patterns {
+		before[pattern] = cost(pattern, want)
+	}
+	for pattern, want := range patterns {
+		for _, held := range []string{"STREAM.INFO.", "DIRECT.GET.", "CONSUMER.CREATE.", "CONSUMER.MSG.NEXT."} {
+			for len(asked) > 0 {
+				<-asked
+			}
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
 				keys, err := s.Keys(pattern)
 				assert.NoError(t, err)
 				assert.Len(t, keys, want)
-			})
-			time.Sleep(after)
-			p.stall()
+			}()
+			for waiting := true; waiting; {
+				select {
+				case subject := <-asked:
+					waiting = !strings.HasPrefix(subject, "$JS.API."+held)
+				case <-done: // it needs no such request
+					waiting = false
+				}
+			}
+			p.stall() // the answer is on its way
 			time.Sleep(2 * time.Second)
 			p.resume()
-			wg.Wait()
+			<-done
 		}
-		later := cost(pattern, want)
+	}
+	for pattern, want := range patterns {
+		before, later := before[pattern], cost(pattern, want)
 		assert.LessOrEqual(t, later.requests, before.requests, pattern)
 		assert.LessOrEqual(t, later.messages, before.messages+2, pattern)
 		assert.Less(t, later.took, 4*before.took+50*time.Millisecond, pattern)
@@ -290,7 +311,7 @@ func TestBucketIsGone(t *testing.T) {
 			for name, method := range methods(key, revision) {
 				began := time.Now()
 				err := method()
-				assert.ErrorIs(t, err, jetstream.ErrBucketNotFound, "%s %s in round %d", name, key, round)
+				require.ErrorIs(t, err, jetstream.ErrBucketNotFound, "%s %s in round %d", name, key, round)
 				assert.NotErrorIs(t, err, ErrOutcomeUnknown, "%s %s", name, key)
 				assert.Less(t, time.Since(began), 2500*time.Millisecond, "%s %s", name, key)
 			}

@@ -650,6 +650,8 @@ func TestPutDoesNotStarve(t *testing.T) {
 	defer far.Close()
 	ctx, cancel := context.WithCancel(t.Context())
 	var writers sync.WaitGroup
+	defer writers.Wait()
+	defer cancel()
 	writers.Go(func() {
 		for n := 0; ctx.Err() == nil; n++ {
 			_ = near.Put("k", fmt.Append(nil, n), 0)
@@ -660,14 +662,12 @@ func TestPutDoesNotStarve(t *testing.T) {
 	const calls = 20
 	for i := range calls {
 		if err := far.Put("k", []byte("far"), 0); err != nil {
-			t.Errorf("put %d: %v", i, err)
+			t.Fatalf("put %d: %v", i, err)
 		}
 		if err := far.Delete("k"); err != nil {
-			t.Errorf("delete %d: %v", i, err)
+			t.Fatalf("delete %d: %v", i, err)
 		}
 	}
-	cancel()
-	writers.Wait()
 	if requests := far.Stats().Requests - before; requests > 3*2*calls {
 		t.Errorf("%d puts and deletes took %d requests", 2*calls, requests)
 	}
