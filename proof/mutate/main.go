@@ -38,6 +38,9 @@ var suite = map[string]string{
 	"exclusion":        ". -run ^TestMutualExclusionUnderFaults$",
 	"clock":            ". -run ^TestClockSetBack$",
 	"vague-clock":      ". -run ^TestClockVague$",
+	"get-in-memory":    ". -run ^TestMemoryStoreGetSeesRefreshedKeys$",
+	"beside-mirror":    ". -run ^TestReadsBesideMirror$",
+	"more-replicas":    ". -run ^TestReadsWhileReplicasAreAdded$",
 	"read-late":        ". -run ^TestRefreshedWhileReading$",
 	"joins":            ". -run ^TestHoldJoinsARefresh$",
 	"max-age":          ". -run ^TestCreatedAfterMaxAge$",
@@ -48,7 +51,28 @@ var suite = map[string]string{
 	"acquire-wrapped":  ". -run ^Test(Memory|NATS)StoreConformance$/^acquire-wrapped$",
 	"stale-watch":      ". -run ^TestWatchBehindAStaleLeader$",
 	"late-writes":      ". -run ^TestLateWriteUndoesNothing$",
+	"late-claims":      ". -run ^TestClaimWhileDisconnected$",
+	"old-refusal":      ". -run ^TestLostAnswerAfterPermissionError$",
+	"fast-writer":      ". -run ^TestWritesBesideFastWriter$",
+	"many-clients":     ". -run ^TestManyClientsPutOneKey$",
+	"in-turn":          ". -run ^TestPutsInTurn$",
+	"expired-revision": ". -run ^TestUpdateOfExpired$",
+	"narrow-link":      ". -run ^TestNarrowLink$",
+	"small-buffers":    ". -run ^TestSmallStreamBuffers$",
+	"offline":          ". -run ^TestConsumerIsOffline$",
+	"full-bucket":      ". -run ^TestFullBucket$/^one$",
+	"full-locks":       ". -run ^TestFullLockBucket$",
+	"forged":           ". -run ^TestForgedHeaders$",
+	"republished":      ". -run ^TestRepublishedIntoBucket$",
+	"odd-locks":        ". -run ^TestOddLockRecord$",
 	"binding":          ". -run ^TestBindLeavesWhatTheOperatorSet$",
+	"lowers-nothing":   ". -run ^TestDefaultsLowerNothing$",
+	"few-consumers":    ". -run ^TestAccountWithConsumerLimit$",
+	"small-values":     ". -run ^TestSmallValues$",
+	"raised-history":   ". -run ^TestHistoryRaisedMeanwhile$",
+	"made-anew":        ". -run ^TestBucketMadeAnewWithoutTTLs$",
+	"stalled-listing":  ". -run ^TestStallDuringListing$",
+	"gone":             ". -run ^TestBucketIsGone$",
 	"unfit-locks":      ". -run ^TestBucketsThatCannotHoldLocks$",
 	"waiting":          ". -run ^TestWaitingForALock$",
 	"next":             ". -run ^TestNextAmongManyWaiters$",
@@ -56,6 +80,12 @@ var suite = map[string]string{
 	"in-doubt":         ". -run ^TestInDoubtBesideItsOwnRefresh$",
 	"refreshes":        ". -run ^TestRefreshNearTheEnd$",
 	"at-the-deadline":  ". -run ^TestWatchRefreshedAtTheDeadline$",
+	"beside-traffic":   ". -run ^TestWatchReportsDeathsBesideTraffic$/^10_deaths_at_2ms_beside_500_a_second_on_1_servers$",
+	"living-keys":      ". -run ^TestWatchOfLivingKeysAsksNothing$",
+	"after-silence":    ". -run ^TestWatchAfterSilence$",
+	"purged-by-hand":   ". -run ^TestWatchPurgedByHand$/^everything",
+	"cannot-attach":    ". -run ^TestWatchThatCannotAttachEnds$",
+	"no-echo":          ". -run ^TestWatchNoEcho$",
 	"goes-on":          ". -run ^TestListingOfARequestThatGoesOn$",
 	"stopping":         ". -run ^TestListingOnAStoppingServer$",
 	"full-account":     ". -run ^TestFullAccount$",
@@ -131,6 +161,10 @@ const (
 var mutations = []mutation{
 	// The contract: compare-and-set, locks, time.
 	{"memory-update-without-cas", []edit{{"if expected != nil && it.current() != *expected {", "if false && it.current() != *expected {"}}, []string{"memory-model", "memory-suite", inMemory}},
+	{"memory-get-judges-late", []edit{
+		{" || it.deadline != 0 && it.deadline.passed(d.now()) {\n		d.mu.RUnlock()\n", " {\n		d.mu.RUnlock()\n"},
+		{"	d.mu.RUnlock()\n	if !small {\n", "	d.mu.RUnlock()\n	if deadline != 0 && deadline.passed(d.now()) {\n		return entry{}, 0, ErrNotFound\n	}\n	if !small {\n"},
+	}, []string{"get-in-memory"}},
 	{"delete-revision-without-precondition", []edit{
 		{"if expected != nil && (it == nil || it.revision != *expected) {", "if false {"},
 		{"	_, err = s.data.update(newBudget(ctx), m, revision)\n	return s.data.writeError(\"delete\"", "	err = s.data.remove(newBudget(ctx), m)\n	return s.data.writeError(\"delete\""},
@@ -174,7 +208,7 @@ var mutations = []mutation{
 		{"!surely && (c.age > freshSample || !deadline.passed(c.now))", "!surely && c.age > freshSample"},
 	}, []string{"vague-clock"}},
 	{"expired-is-visible", []edit{{"	if !exists {\n		return record{}, ErrNotFound", "	if !exists && (r.revision == 0 || r.deleted) {\n		return record{}, ErrNotFound"}}, []string{"nats-model", "both-model"}},
-	{"created-outlives-max-age", []edit{{"if end := e.now.deadline(e.maxAge); !m.marker &&", "if end := e.now.deadline(e.maxAge); false &&"}}, []string{"max-age"}},
+	{"created-outlives-max-age", []edit{{"	if !m.marker && next.deadline.outlives(end) {", "	if false && next.deadline.outlives(end) {"}}, []string{"max-age"}},
 	{"a-read-is-judged-late", []edit{{"	first := r.revision\n", "	first := r.revision\n	if first != 0 {\n		return r, false, nil\n	}\n"}}, []string{"read-late"}},
 	{"a-listing-is-judged-late", []edit{{"			l.all = sortAndDedupe(l.all)\n", "			if info, err := b.info(budget); err == nil {\n				l.now = timestamp(info.Now.UnixNano())\n			}\n			l.all = sortAndDedupe(l.all)\n"}}, []string{"read-late"}},
 	{"ttl-cut-to-seconds", []edit{
@@ -196,7 +230,7 @@ var mutations = []mutation{
 	{"mirrors-are-trusted", []edit{
 		{"!s.alone || !s.AllowDirect || s.mirrored", "!s.alone || !s.AllowDirect"},
 		{"err != nil || last(\"Nats-Stream\") != stream ||", "err != nil ||"},
-	}, []string{"altered"}},
+	}, []string{"altered", "beside-mirror"}},
 	{"a-direct-404-is-trusted", []edit{
 		{"!s.alone || !s.AllowDirect || s.mirrored", "!s.alone || !s.AllowDirect"},
 		{"	if !ok || b.cache.recall(key).revision > r.revision {\n", "	if statusOf(answer) == \"404\" {\n		return record{}, true\n	}\n	if !ok || b.cache.recall(key).revision > r.revision {\n"},
@@ -205,10 +239,17 @@ var mutations = []mutation{
 		{"s.epoch != e || time.Since(s.checked) > settingsLife {", "false && s.epoch != e {"},
 		{"	if b.checking.CompareAndSwap(false, true) {\n", "	if false {\n"},
 	}, []string{"altered"}},
+	{"new-replicas-are-trusted", []edit{ // as if the bucket still had one
+		{"!s.alone || !s.AllowDirect || s.mirrored", "s.Replicas > 1 || !s.AllowDirect"},
+		{"s.epoch != e || time.Since(s.checked) > settingsLife {", "false && s.epoch != e {"},
+		{"	if !ok || b.cache.recall(key).revision > r.revision {\n", "	if !ok {\n"},
+		{"	if b.checking.CompareAndSwap(false, true) {\n", "	if false {\n"},
+	}, []string{"more-replicas"}},
 	{"stored-headers-are-the-servers", []edit{
 		{"return values[len(values)-1]\n		}\n		return \"\"\n	}\n	seq", "return values[0]\n		}\n		return \"\"\n	}\n	seq"},
 		{"if len(msg.Data) > 0 || len(msg.Header[\"Nats-Sequence\"]) > 0 {", "if false {"},
-	}, []string{"strangers"}},
+		{"last(\"Nats-Stream\") != stream || !appended(msg, \"Nats-Stream\")", "false"},
+	}, []string{"strangers", "forged", "republished"}},
 	{"keys-without-the-leader", []edit{
 		{"ends++; l.last >= l.upTo && (", "ends++; (true || l.last >= l.upTo) && ("},
 		{"case st.code == \"100\" && l.last < l.upTo:", "case st.code == \"100\" && l.last < l.upTo && false:"},
@@ -239,12 +280,39 @@ var mutations = []mutation{
 	// Writes.
 	{"put-loops", []edit{
 		{"	return b.commit(budget, m, base, always)\n", "	for {\n		if base, err = b.contended(budget, m.key); err != nil {\n			return record{}, err\n		}\n		if r, err = b.commit(budget, m, base, ifUnchanged); err != errMoved || !b.wait(budget) {\n			return r, err\n		}\n	}\n"},
-	}, []string{"starve"}},
+	}, []string{"many-clients", "fast-writer", "starve"}},
+	{"rivals-are-forgotten", []edit{{"	known.contested = contested\n", "	known.contested = false\n"}}, []string{"in-turn"}},
+	{"an-old-refusal-counts", []edit{
+		{"strings.Contains(last.Error(), `\"`+subject+`\"`)", "strings.Contains(last.Error(), subject)"},
+		{"		case !sent:\n", "		case !sent, errors.Is(err, nats.ErrPermissionViolation):\n"},
+	}, []string{"old-refusal"}},
+	{"an-expired-revision-is-updated", []edit{{"		if current != 0 && !b.exists(budget, &base) {\n", "		if current != 0 && base.deleted {\n"}}, []string{"expired-revision"}},
+	{"what-is-on-its-way-is-asked-for-again", []edit{
+		{"		if w.heard = w.r.heardSince(w.sent); w.heard.Sub(w.sent) > repeatInterval {\n", "		if w.heard = w.sent; false {\n"},
+		{"now.Sub(w.sent) >= repeatInterval && quiet >= repeatInterval/3 && w.r.elections():", "quiet >= 2*time.Second:"},
+	}, []string{"narrow-link"}},
+	{"passing-refusals-are-final", []edit{{"	case codeUnavailable, codeTooManyPending, codeOffline, codeStreamOffline:\n", "	case codeUnavailable:\n"}}, []string{"small-buffers", "offline"}},
+	{"a-full-bucket-stays-full", []edit{{"	return b.evenIfFull(budget, m, base, err)\n", "	return err\n"}}, []string{"full-bucket"}},
+	{"full-without-a-name", []edit{{"		if strings.Contains(e.Description, \"maximum\") {\n", "		if false {\n"}}, []string{"full-bucket"}},
+	{"leases-that-grow", []edit{{"fixed: b.want.locks,", "fixed: false,"}}, []string{"full-locks"}},
 	{"publishes-while-disconnected", []edit{
 		{"		case nats.CONNECTED:\n			return e, nil\n", "		case nats.CONNECTED, nats.RECONNECTING:\n			return e, nil\n"},
-	}, []string{"late-writes"}},
+	}, []string{"late-writes", "late-claims"}},
 	{"lost-answers-are-failures", []edit{{"		case lost:\n			inDoubt = err\n", "		case lost:\n			return record{}, err\n"}}, []string{"load one-server-kills", "load one-server-restarts"}},
-	{"binding-changes-the-history", []edit{{"has > 0 && int64(b.want.history) > has {", "has > 0 && b.want.history > 0 && int64(b.want.history) != has {"}}, []string{"binding"}},
+	{"binding-changes-the-history", []edit{{"has > 0 && int64(b.want.history) > has {", "has > 0 && b.want.history > 0 && int64(b.want.history) != has {"}}, []string{"binding", "lowers-nothing"}},
+	{"binding-lowers-the-largest-value", []edit{{"has > 0 && b.want.maxValue > has {", "b.want.maxValue > 0 && withHeaders(b.want.maxValue) != has {"}}, []string{"lowers-nothing"}},
+	{"more-consumers-than-the-account-has", []edit{{"	if apiCode(err) == codeMaxConsumers {\n", "	if false {\n"}}, []string{"few-consumers"}},
+	{"headers-take-room-from-values", []edit{{"		limit = min(limit, int(most))\n", "		limit = min(limit, int(most)-headerRoom)\n"}}, []string{"small-values"}},
+	{"the-history-as-it-was", []edit{{"(m.marker || m.ttl > 0) && (e.history || pre == always || outlives(base, next, m))", "(m.marker || m.ttl > 0 && e.history)"}}, []string{"raised-history"}},
+	{"a-bucket-made-anew-is-not-prepared", []edit{{"	case codeNoMessageTTL, codeNoRollup:\n		return unfit, e\n", ""}}, []string{"made-anew"}},
+	{"one-stall-ends-fast-listings", []edit{
+		{"	maxBatch atomic.Int32 //", "	noFew    atomic.Bool  // a listing of few keys was not answered\n	maxBatch atomic.Int32 //"},
+		{"	if !b.direct() || p.prefix == \"\" {\n", "	short, cancel := context.WithTimeout(budget.ctx, 2*time.Second)\n	defer cancel()\n	if !b.direct() || p.prefix == \"\" || b.noFew.Load() {\n"},
+		{"	answers, err := b.doMany(budget, ", "	answers, err := b.doMany(newBudget(short), "},
+		{"	if err != nil || len(answers) == 0 {\n		return nil, false\n", "	if err != nil || len(answers) == 0 {\n		b.noFew.Store(errors.Is(err, context.DeadlineExceeded))\n		return nil, false\n"},
+		{"	\"cmp\"\n", "	\"cmp\"\n	\"context\"\n"},
+	}, []string{"stalled-listing"}},
+	{"a-bucket-that-is-gone-is-waited-for", []edit{{"			if errors.Is(err, nats.ErrNoResponders) {\n				if _, gone", "			if false {\n				if _, gone"}}, []string{"gone"}},
 	{"locks-in-memory", []edit{{"	case c.Storage != \"file\":\n", "	case false:\n"}}, []string{"unfit-locks"}},
 	{"locks-in-a-bucket-with-max-age", []edit{{"	case c.MaxAge > 0:\n", "	case false:\n"}}, []string{"unfit-locks"}},
 	{"waiters-poll", []edit{{"		if len(q.subs) == 0 || s.missesReleases {\n			wake = earlier(wake, answered.Add(missedReleaseCheck))", "		if true {\n			wake = earlier(wake, answered.Add(30*time.Millisecond))"}}, []string{"waiting"}},
@@ -297,6 +365,21 @@ var mutations = []mutation{
 	{"answers-unheard-for-good", []edit{{"				w.r.resubscribe()\n				return arrival", "				return arrival"}}, []string{"revoked"}},
 
 	// Watches, Follow and Cache.
+	{"deaths-wait-for-silence", []edit{
+		{"	f.asking = true\n	f.b.start(func() {\n		// The server's", "	f.asking = true\n	source, count := f.source, f.source.count\n	f.b.start(func() {\n		// The server's"},
+		{"f.probe(due, true, f.expired)", "f.probe(due, true, func(findings []finding) {\n				for i := range findings { // what came meanwhile may have come before, or after\n					findings[i].known = findings[i].known && f.source == source && source.count == count\n				}\n				f.expired(findings)\n			})"},
+		{"		f.detectRemovals(f.lastState)\n", ""}, // it would find them in the end
+	}, []string{"beside-traffic"}},
+	{"living-keys-are-asked-about", []edit{
+		{"if next := f.expiries.nextDue(); next", "if next := f.expiries.next(); next"},
+		{"	if f.source == nil || f.asking || !f.expiries.anyDue(now) {\n", "	if next := f.expiries.next(); f.source == nil || f.asking || next == 0 || !next.passed(now) {\n"},
+	}, []string{"living-keys"}},
+	{"a-watch-waits-for-what-it-missed", []edit{
+		{"	if !f.listed || f.listing {\n		f.touched[key] = r.revision\n	}\n", "	if !f.listed || f.listing {\n		f.touched[key] = r.revision\n	}\n	if _, known := f.recentDeletions[key]; t == nil && r.base != 0 && !known {\n		time.Sleep(300 * time.Millisecond) // what it replaced may be on its way\n	}\n"},
+	}, []string{"after-silence"}},
+	{"purges-are-not-seen", []edit{{"		f.detectRemovals(f.lastState)\n", ""}}, []string{"purged-by-hand"}},
+	{"a-refused-watch-stays-open", []edit{{"refused > refusedFor,", "refused > f.maxCut,"}}, []string{"cannot-attach"}},
+	{"deletions-of-the-unseen-are-dropped", []edit{{"	case f.unseen(key, &r):\n", "	case false:\n"}}, []string{"no-echo"}},
 	{"drop-on-a-full-queue", []edit{
 		{"	if q.len() >= maxWaiting {\n", "	if q.len() >= maxWaiting {\n		return\n	}\n	if false {\n"},
 	}, []string{"fuzz", "memory-suite"}},
@@ -311,12 +394,12 @@ var mutations = []mutation{
 		{"from: cursor + 1, batch", "from: a.info.State.LastSeq + 1, batch"},
 	}, []string{"load one-server-clients-cut"}},
 	{"watch-reports-early-expiries", []edit{
-		{"f.probe(f.due(timestamp(info.Now.UnixNano()), f.window), true, f.expired)", "f.probe(f.due(timestamp(info.Now.UnixNano())+1e9, f.window), true, f.expired)"},
+		{"f.due(timestamp(info.Now.UnixNano()), f.window)", "f.due(timestamp(info.Now.UnixNano())+1e9, f.window)"},
 		{"	now := f.b.clock.now()\n	if f.source == nil || f.asking", "	now := f.b.clock.now() + 1e9\n	if f.source == nil || f.asking"},
 		{"time.Duration(next-f.b.clock.now())", "time.Duration(next-f.b.clock.now())-time.Second"},
 	}, []string{"nats-suite", oneServer}},
 	{"expiry-without-the-probe", []edit{
-		{"f.probe(f.due(timestamp(info.Now.UnixNano()), f.window), true, f.expired)", "due := []finding{}\n			for _, t := range f.due(timestamp(info.Now.UnixNano()), f.window) {\n				due = append(due, finding{t: t, revision: t.revision, probeResult: probeResult{last: t.revision, known: true}})\n			}\n			f.expired(due)"},
+		{"f.probe(due, true, f.expired)", "over := []finding{}\n			for _, t := range due {\n				over = append(over, finding{t: t, revision: t.revision, deadline: t.deadline, probeResult: probeResult{last: t.revision, known: true}})\n			}\n			f.expired(over)"},
 	}, []string{"at-the-deadline"}},
 	{"deletion-from-a-full-account-in-silence", []edit{{"	_, _ = b.markSmall(budget, m, ifUnchanged) // the key is deleted, whatever becomes of this\n", ""}}, []string{"full-account"}},
 	{"purge-beside-a-write", []edit{{" || f.changed && since > maxRelist)", ")"}}, []string{"purged"}},
@@ -327,6 +410,7 @@ var mutations = []mutation{
 	{"block-as-it-ends", []edit{{"err != nil && end > 0 {", "err != nil && end < 0 {"}}, []string{"odd-ends"}},
 	{"unreadable-to-a-watch", []edit{{"	if ok && unreadable(msg) {", "	if false {"}}, []string{"odd-ends"}},
 	{"unreadable-to-a-list", []edit{{"	if unreadable(msg) || l.headersOnly", "	if l.headersOnly"}}, []string{"odd-ends"}},
+	{"unreadable-is-an-error", []edit{{"	r := msg.record(b.settings.Load().MaxAge)\n", "	if _, err := nats.DecodeHeadersMsg(msg.Header); err != nil && len(msg.Header) > 0 {\n		return record{}, err\n	}\n	r := msg.record(b.settings.Load().MaxAge)\n"}}, []string{"odd-ends", "odd-locks"}},
 	{"expiry-of-what-was-replaced", []edit{{"	if r.deleted && r.expired != 0 {\n", "	if false {\n"}}, []string{"missed", "marked"}},
 	{"expiry-of-what-was-missed", []edit{{"r.base == t.revision && t.deadline", "t.deadline"}}, []string{"missed"}},
 	{"expiry-after-a-cut", []edit{{"(replicated || missed)", "replicated"}}, []string{"missed"}},
@@ -352,11 +436,11 @@ var mutations = []mutation{
 	{"markers-are-remembered-for-ever", []edit{{"	now := b.clock.now()\n	switch {\n	case r.removal.passed(now - timestamp(2*time.Second)):\n", "	now := b.clock.now()\n	switch {\n	case !r.deleted && r.removal.passed(now-timestamp(2*time.Second)):\n"}}, []string{"marker-forgotten"}},
 	{"expiry-by-an-old-max-age", []edit{{"			if info.config.MaxAge != f.maxAge {\n", "			if false {\n"}}, []string{"max-age-raised"}},
 	{"a-write-by-an-old-max-age", []edit{{"	case r.aged && r.deadline.passed(now):\n", "	case false:\n"}}, []string{"max-age-raised"}},
-	{"a-purge-in-doubt-has-failed", []edit{{"		if apiCode(err) == 0 && !errors.Is(err, nats.ErrNoResponders) {\n", "		if false {\n"}}, []string{"purge-in-doubt"}},
+	{"a-purge-in-doubt-has-failed", []edit{{"		if apiCode(err) == 0 || passing(err) {\n", "		if false {\n"}}, []string{"purge-in-doubt"}},
 	{"no-questions-in-a-small-bucket", []edit{{"		if results[i].refused {\n", "		if false {\n"}}, []string{"small-messages"}},
 	{"locks-by-old-settings", []edit{{"			_, err = b.info(budget)\n		}\n		if err == nil {\n			err = b.validate", "			b.check()\n		}\n		if err == nil {\n			err = b.validate"}}, []string{"made-unfit"}},
 	{"a-release-before-the-subscription", []edit{{"		if settling {\n", "		if settling && len(q.subs) == 0 {\n"}}, []string{"unheard-release"}},
-	{"lost-writes-are-believed-for-ever", []edit{{"			b.settleDoubt(known.revision)\n", ""}}, []string{"lost-writes"}},
+	{"lost-writes-are-believed-for-ever", []edit{{"			b.settleDoubt(known.revision, info.Created)\n", ""}}, []string{"lost-writes"}},
 
 	// Keys, bytes, resources.
 	{"star-without-the-empty-rest", []edit{
