@@ -394,9 +394,12 @@ func TestCreatedByAnOldClock(t *testing.T) {
 	t.Parallel()
 	s := openStore(t, NATSStoreConfig{Conn: connect(t, startServer(t, nil).ClientURL()), Bucket: "b"})
 	s.data.clock.aged(24 * time.Hour)
+	s.data.checking.Store(true) // so that the server is not asked yet
 	require.NoError(t, s.Put("k", nil, time.Hour))
+	s.data.checking.Store(false)
 	first := mustGet(t, s, "k")
 	assert.Equal(t, first.Modified, first.Created)
+	require.NoError(t, s.Put("k", nil, time.Hour))
 	eventually(t, func() bool { return s.data.readClock().age < renewSample }, "the server is asked for its time")
 	for range 3 {
 		require.NoError(t, s.Put("k", nil, time.Hour))

@@ -2,7 +2,6 @@ package state
 
 import (
 	"math"
-	"slices"
 	"time"
 )
 
@@ -216,7 +215,7 @@ func (f *feed) merge(l listing) {
 				t.gaps = max(t.gaps, f.listGaps)
 			}
 			if t.aged || r.aged {
-				t.aged = r.aged
+				t.aged, t.removal = r.aged, r.removal
 				f.expiries.set(&t.expiring, r.deadline)
 			}
 		case r.deleted, f.touched[r.key] >= r.revision, t != nil && t.revision > r.revision, r.deadline.passed(over):
@@ -285,11 +284,15 @@ func (f *feed) expire() {
 				f.asking = false // it is cut off, or the bucket is another one
 				return
 			}
-			due := f.due(timestamp(info.Now.UnixNano()), f.window)
-			if info.config.MaxAge != f.maxAge {
-				due = f.postponeAged(due)
+			altered := info.config.MaxAge != f.maxAge
+			if altered {
+				// A listing finds out when what is aged ends now.
+				f.deferred = time.Now().Add(checkInterval)
+				if !f.listing && !f.retrying {
+					f.list()
+				}
 			}
-			f.probe(due, true, f.expired)
+			f.probe(f.due(timestamp(info.Now.UnixNano()), f.window, altered), true, f.expired)
 		})
 	})
 }
@@ -298,32 +301,25 @@ func (f *feed) expire() {
 // message was delivered.
 func (f *feed) behind() bool { return f.held || f.pending > 0 || len(f.source.mail) > 0 }
 
-// due takes out what has come to its deadline, at most so many keys.
-func (f *feed) due(now timestamp, most int) []*tracked {
-	var due []*tracked
+// due takes out what has come to its deadline, at most so many keys, and without what is
+// aged if that has other deadlines now.
+func (f *feed) due(now timestamp, most int, altered bool) []*tracked {
+	var due, aged []*tracked
 	for len(due) < most {
-		t := f.expiries.due(now)
-		if t == nil {
+		next := f.expiries.due(now)
+		if next == nil {
 			break
 		}
-		due = append(due, f.alive[t.key])
+		if t := f.alive[next.key]; altered && t.aged {
+			aged = append(aged, t)
+		} else {
+			due = append(due, t)
+		}
+	}
+	for _, t := range aged {
+		f.expiries.set(&t.expiring, t.deadline)
 	}
 	return due
-}
-
-// postponeAged takes out, of keys that are due, those whose deadline is that of the
-// bucket's MaxAge: it was changed, and a listing finds out when they end now.
-func (f *feed) postponeAged(due []*tracked) []*tracked {
-	f.deferred = time.Now().Add(checkInterval)
-	if !f.listing && !f.retrying {
-		f.list()
-	}
-	return slices.DeleteFunc(due, func(t *tracked) bool {
-		if t.aged {
-			f.expiries.set(&t.expiring, t.deadline)
-		}
-		return t.aged
-	})
 }
 
 // A finding is what the leader has of a key that the feed asked about.

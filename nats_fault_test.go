@@ -89,7 +89,7 @@ func TestAcknowledgedWritesLost(t *testing.T) {
 	s.data.cache.learn("k", lost)
 	s.data.cache.learn("gone", lost)
 	require.ErrorIs(t, s.Put("k", nil, 0), ErrOutcomeUnknown) // this is a leader that was cut off, for all it knows
-	require.True(t, within(2*staleFor, func() bool { _, err := s.Get("k"); return err == nil }))
+	require.True(t, within(3*staleFor, func() bool { _, err := s.Get("k"); return err == nil }))
 	_, err := s.Get("gone")
 	refuses(t, ErrNotFound, err)
 	require.NoError(t, s.Put("k", []byte("new"), 0))

@@ -216,26 +216,34 @@ func TestReleaseBeforeTheSubscription(t *testing.T) {
 	const ttl = time.Minute
 	c := startCluster(t)
 	s := openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[0].ClientURL()), Bucket: "b", Replicas: 3})
-	holder := mustLock(t, openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[1].ClientURL()), Bucket: "b", Replicas: 3}), "l", ttl)
-	next := make(chan Lock, 1)
-	go func() {
-		lock, err := Acquire(context.Background(), s, "l", ttl)
-		assert.NoError(t, err)
-		next <- lock
-	}()
-	eventually(t, func() bool { return s.locks.waits.waiting("l") }, "it waits")
-	s.locks.waits.mu.Lock()
-	subs := s.locks.waits.queue["l"].subs
-	s.locks.waits.mu.Unlock()
-	for _, sub := range subs { // as if the release came before them
-		require.NoError(t, sub.Unsubscribe())
-	}
-	require.NoError(t, holder.Unlock())
-	select {
-	case lock := <-next:
-		require.NoError(t, lock.Unlock())
-	case <-time.After(ttl / 2):
-		require.FailNow(t, "the waiter waits for the end of a lease that was given back")
+	other := openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[1].ClientURL()), Bucket: "b", Replicas: 3})
+	for i := 0; ; i++ {
+		key := fmt.Sprintf("l.%d", i)
+		holder := mustLock(t, other, key, ttl)
+		ctx, cancel := context.WithTimeout(context.Background(), ttl/2)
+		defer cancel()
+		next := make(chan error, 1)
+		began := time.Now()
+		go func() {
+			_, err := Acquire(ctx, s, key, ttl)
+			next <- err
+		}()
+		eventually(t, func() bool { return s.locks.waits.waiting(key) }, "it waits")
+		s.locks.waits.mu.Lock()
+		subs := s.locks.waits.queue[key].subs
+		s.locks.waits.mu.Unlock()
+		for _, sub := range subs { // as if the release came before them
+			require.NoError(t, sub.Unsubscribe())
+		}
+		require.NoError(t, holder.Unlock())
+		if time.Since(began) > settleTime/2 {
+			require.Less(t, i, 10, "the machine is too busy")
+			cancel()
+			<-next
+			continue
+		}
+		require.NoError(t, <-next, "the waiter waits for the end of a lease that was given back")
+		return
 	}
 }
 

@@ -84,7 +84,8 @@ func (b *bucket) askByReading(budget *retryBudget, e *epoch, key string) probeRe
 		return probeResult{}
 	}
 	r, err := b.leaderRecord(budget, key)
-	return probeResult{last: r.revision, known: err == nil}
+	now, _ := b.current()
+	return probeResult{last: r.revision, known: err == nil && now == e}
 }
 
 // followUp changes the question to what is to be asked next, if its answer leaves

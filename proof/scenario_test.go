@@ -252,10 +252,11 @@ func (r result) little(sc scenario) bool {
 	return r.ops < 30 || r.cycles < 3 || r.events < 10 || sc.fault != nil && r.faults == 0
 }
 
-// lacks reports whether something never happened that does within a minute.
+// lacks reports whether something never happened that does within a minute, or within
+// so many turns at a lock.
 func (r result) lacks(sc scenario) bool {
-	return r.little(sc) || 2*r.refused > r.ops || 100*r.undecided > r.histories ||
-		slices.Contains([]int64{r.kept, r.ttls, r.listings, r.caches, r.cut}, 0)
+	return r.little(sc) || 2*r.refused > r.ops || 100*r.undecided > r.histories || r.kept == 0 && r.cycles > 700 ||
+		slices.Contains([]int64{r.ttls, r.listings, r.caches, r.cut}, 0)
 }
 
 func (r result) String() string {

@@ -367,7 +367,7 @@ var mutations = []mutation{
 	// Watches, Follow and Cache.
 	{"deaths-wait-for-silence", []edit{
 		{"	f.asking = true\n	f.b.start(func() {\n		// The server's", "	f.asking = true\n	source, count := f.source, f.source.count\n	f.b.start(func() {\n		// The server's"},
-		{"f.probe(due, true, f.expired)", "f.probe(due, true, func(findings []finding) {\n				for i := range findings { // what came meanwhile may have come before, or after\n					findings[i].known = findings[i].known && f.source == source && source.count == count\n				}\n				f.expired(findings)\n			})"},
+		{"f.probe(f.due(timestamp(info.Now.UnixNano()), f.window, altered), true, f.expired)", "f.probe(f.due(timestamp(info.Now.UnixNano()), f.window, altered), true, func(findings []finding) {\n				for i := range findings { // what came meanwhile may have come before, or after\n					findings[i].known = findings[i].known && f.source == source && source.count == count\n				}\n				f.expired(findings)\n			})"},
 		{"		f.detectRemovals(f.lastState)\n", ""}, // it would find them in the end
 	}, []string{"beside-traffic"}},
 	{"living-keys-are-asked-about", []edit{
@@ -394,12 +394,12 @@ var mutations = []mutation{
 		{"from: cursor + 1, batch", "from: a.info.State.LastSeq + 1, batch"},
 	}, []string{"load one-server-clients-cut"}},
 	{"watch-reports-early-expiries", []edit{
-		{"f.due(timestamp(info.Now.UnixNano()), f.window)", "f.due(timestamp(info.Now.UnixNano())+1e9, f.window)"},
+		{"f.due(timestamp(info.Now.UnixNano()), f.window, altered)", "f.due(timestamp(info.Now.UnixNano())+1e9, f.window, altered)"},
 		{"	now := f.b.clock.now()\n	if f.source == nil || f.asking", "	now := f.b.clock.now() + 1e9\n	if f.source == nil || f.asking"},
 		{"time.Duration(next-f.b.clock.now())", "time.Duration(next-f.b.clock.now())-time.Second"},
 	}, []string{"nats-suite", oneServer}},
 	{"expiry-without-the-probe", []edit{
-		{"f.probe(due, true, f.expired)", "over := []finding{}\n			for _, t := range due {\n				over = append(over, finding{t: t, revision: t.revision, deadline: t.deadline, probeResult: probeResult{last: t.revision, known: true}})\n			}\n			f.expired(over)"},
+		{"f.probe(f.due(timestamp(info.Now.UnixNano()), f.window, altered), true, f.expired)", "over := []finding{}\n			for _, t := range f.due(timestamp(info.Now.UnixNano()), f.window, altered) {\n				over = append(over, finding{t: t, revision: t.revision, deadline: t.deadline, probeResult: probeResult{last: t.revision, known: true}})\n			}\n			f.expired(over)"},
 	}, []string{"at-the-deadline"}},
 	{"deletion-from-a-full-account-in-silence", []edit{{"	_, _ = b.markSmall(budget, m, ifUnchanged) // the key is deleted, whatever becomes of this\n", ""}}, []string{"full-account"}},
 	{"purge-beside-a-write", []edit{{" || f.changed && since > maxRelist)", ")"}}, []string{"purged"}},
@@ -434,7 +434,7 @@ var mutations = []mutation{
 	{"created-by-an-old-clock", []edit{{"	old := e.age > oldSample\n", "	old := e.age < 0\n"}}, []string{"old-clock"}},
 	{"a-clock-that-writes-do-not-renew", []edit{{"	if b.readClock().age > renewSample {\n", "	if false {\n"}}, []string{"old-clock"}},
 	{"markers-are-remembered-for-ever", []edit{{"	now := b.clock.now()\n	switch {\n	case r.removal.passed(now - timestamp(2*time.Second)):\n", "	now := b.clock.now()\n	switch {\n	case !r.deleted && r.removal.passed(now-timestamp(2*time.Second)):\n"}}, []string{"marker-forgotten"}},
-	{"expiry-by-an-old-max-age", []edit{{"			if info.config.MaxAge != f.maxAge {\n", "			if false {\n"}}, []string{"max-age-raised"}},
+	{"expiry-by-an-old-max-age", []edit{{"			altered := info.config.MaxAge != f.maxAge\n", "			altered := false\n"}}, []string{"max-age-raised"}},
 	{"a-write-by-an-old-max-age", []edit{{"	case r.aged && r.deadline.passed(now):\n", "	case false:\n"}}, []string{"max-age-raised"}},
 	{"a-purge-in-doubt-has-failed", []edit{{"		if apiCode(err) == 0 || passing(err) {\n", "		if false {\n"}}, []string{"purge-in-doubt"}},
 	{"no-questions-in-a-small-bucket", []edit{{"		if results[i].refused {\n", "		if false {\n"}}, []string{"small-messages"}},
