@@ -134,8 +134,12 @@ func numbers(ctx context.Context, f *trouble) {
 func manyWaiters(l *load, f *trouble, s, other state.Store, round int) {
 	const waiters = 200
 	name := fmt.Sprintf("many.%d", round)
+	limit := time.Minute
+	if f.distance != nil {
+		limit *= 3 // each turn is some round trips
+	}
 	before := time.Now()
-	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	var holders, got atomic.Int64
 	var wg sync.WaitGroup
