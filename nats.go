@@ -134,9 +134,9 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 //
 // All watches of one pattern in a store share one consumer on the server. The
 // store keeps the names and revisions of the matching keys in memory. It lists the keys
-// that exist when the first of these watches begins. A key that expires before that is
-// done, and that the server removes, two seconds later as a rule, is not reported as
-// expired: use [Follow] where that matters.
+// that exist when the first of these watches begins. A key can expire, and be removed
+// by the server about two seconds later, before this listing reaches it. Its expiry is
+// not reported then. Use [Follow] where that matters.
 //
 // When the server of a bucket with one replica is killed, deletions that other
 // clients made with short-lived markers may be lost. The store's own deletions

@@ -119,14 +119,8 @@ func TestFullOfMessages(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t, nil).ClientURL())
 	js := newJetStream(t, nc)
-	ctx := context.Background()
 	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
-	stream, err := js.Stream(ctx, "KV_b")
-	require.NoError(t, err)
-	cfg := stream.CachedInfo().Config
-	cfg.MaxMsgs = 20
-	_, err = js.UpdateStream(ctx, cfg)
-	require.NoError(t, err)
+	alterStream(t, js, "KV_b", func(cfg *jetstream.StreamConfig) { cfg.MaxMsgs = 20 })
 	keys := fillUp(t, s, nil)
 	require.Len(t, keys, 20)
 	require.NoError(t, s.Put(keys[3], []byte("replaced"), 0))
@@ -136,22 +130,35 @@ func TestFullOfMessages(t *testing.T) {
 	left, err := s.Keys("*")
 	require.NoError(t, err)
 	assert.Empty(t, left)
-	cfg.MaxMsgs = -1
-	_, err = js.UpdateStream(ctx, cfg)
-	require.NoError(t, err)
+	alterStream(t, js, "KV_b", func(cfg *jetstream.StreamConfig) { cfg.MaxMsgs = -1 })
 	require.NoError(t, s.Put("new", nil, 0))
+}
+
+// startSmallAccount runs a server whose account has storage for 64 KiB.
+func startSmallAccount(t *testing.T) *server.Server {
+	t.Helper()
+	srv := startServer(t, nil)
+	require.NoError(t, srv.GlobalAccount().UpdateJetStreamLimits(map[string]server.JetStreamAccountLimits{
+		"": {MaxMemory: -1, MaxStore: 64 << 10, MaxStreams: -1, MaxConsumers: -1},
+	}))
+	return srv
+}
+
+// leaveNoRoom fills an account until not even a deletion fits.
+func leaveNoRoom(t *testing.T, nc *nats.Conn) {
+	t.Helper()
+	js := newJetStream(t, nc)
+	var err error
+	for i := 0; err == nil; i++ {
+		_, err = js.Publish(context.Background(), fmt.Sprintf("$KV.b.other.%d", i), nil)
+	}
 }
 
 // TestFullAccount: an account's storage that is used up is ErrStoreFull too,
 // and a deletion makes room.
 func TestFullAccount(t *testing.T) {
 	t.Parallel()
-	srv := startServer(t, nil)
-	acc, err := srv.LookupAccount(server.DEFAULT_GLOBAL_ACCOUNT)
-	require.NoError(t, err)
-	require.NoError(t, acc.UpdateJetStreamLimits(map[string]server.JetStreamAccountLimits{
-		"": {MaxMemory: -1, MaxStore: 64 << 10, MaxStreams: -1, MaxConsumers: -1},
-	}))
+	srv := startSmallAccount(t)
 	nc := connect(t, srv.ClientURL())
 	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
 	watch := mustWatch(t, openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"}), "k.*")
@@ -160,9 +167,7 @@ func TestFullAccount(t *testing.T) {
 	for range keys {
 		receive(t, watch)
 	}
-	for i := 0; err == nil; i++ { // not even a deletion fits now
-		_, err = newJetStream(t, nc).Publish(context.Background(), fmt.Sprintf("$KV.b.other.%d", i), nil)
-	}
+	leaveNoRoom(t, nc)
 	for _, key := range keys {
 		is := mustGet(t, s, key)
 		require.NoError(t, s.Delete(key))
@@ -180,22 +185,15 @@ func TestFullAccount(t *testing.T) {
 // answer was not waited for, may have been applied, and says so.
 func TestPurgeInDoubt(t *testing.T) {
 	t.Parallel()
-	srv := startServer(t, nil)
-	acc, err := srv.LookupAccount(server.DEFAULT_GLOBAL_ACCOUNT)
-	require.NoError(t, err)
-	require.NoError(t, acc.UpdateJetStreamLimits(map[string]server.JetStreamAccountLimits{
-		"": {MaxMemory: -1, MaxStore: 64 << 10, MaxStreams: -1, MaxConsumers: -1},
-	}))
+	srv := startSmallAccount(t)
 	nc, p := connectAt(t, srv.ClientURL(), distance{})
 	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
 	keys := fillUp(t, s, make([]byte, 1000))
 	near := connect(t, srv.ClientURL())
-	for i := 0; err == nil; i++ {
-		_, err = newJetStream(t, near).Publish(context.Background(), fmt.Sprintf("$KV.b.other.%d", i), nil)
-	}
+	leaveNoRoom(t, near)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	_, err = near.Subscribe("$JS.API.STREAM.PURGE.KV_b", func(*nats.Msg) { cancel() })
+	_, err := near.Subscribe("$JS.API.STREAM.PURGE.KV_b", func(*nats.Msg) { cancel() })
 	require.NoError(t, err)
 	require.NoError(t, near.Flush())
 	p.move(distance{rtt: 3 * time.Second}) // the answer takes half of that
@@ -215,12 +213,7 @@ func TestExpiryInABucketOfSmallMessages(t *testing.T) {
 	js := newJetStream(t, nc)
 	_, err := js.CreateKeyValue(context.Background(), jetstream.KeyValueConfig{Bucket: "b", MaxValueSize: 128, LimitMarkerTTL: time.Hour})
 	require.NoError(t, err)
-	stream, err := js.Stream(context.Background(), "KV_b")
-	require.NoError(t, err)
-	cfg := stream.CachedInfo().Config
-	cfg.SubjectDeleteMarkerTTL = 0
-	_, err = js.UpdateStream(context.Background(), cfg)
-	require.NoError(t, err)
+	alterStream(t, js, "KV_b", func(cfg *jetstream.StreamConfig) { cfg.SubjectDeleteMarkerTTL = 0 })
 	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
 	events := mustWatch(t, s, "*")
 	const key = "agents.with.a.name.that.is.long"

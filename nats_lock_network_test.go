@@ -491,16 +491,13 @@ func TestLocksBucketMadeUnfit(t *testing.T) {
 	ctx, js := t.Context(), newJetStream(t, nc)
 	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
 	require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
-	stream, err := js.Stream(ctx, "KV_b-locks")
-	require.NoError(t, err)
-	cfg := stream.CachedInfo().Config
-	cfg.MaxAge, cfg.Duplicates = 10*time.Second, 10*time.Second
-	_, err = js.UpdateStream(ctx, cfg)
-	require.NoError(t, err)
+	alterStream(t, js, "KV_b-locks", func(cfg *jetstream.StreamConfig) {
+		cfg.MaxAge, cfg.Duplicates = 10*time.Second, 10*time.Second
+	})
 	old := *s.locks.opened().settings.Load()
 	old.checked = old.checked.Add(-2 * lockSettingsLife)
 	s.locks.opened().settings.Store(&old)
-	_, err = s.Lock("l", time.Minute)
+	_, err := s.Lock("l", time.Minute)
 	assert.ErrorContains(t, err, "max_age")
 	// Or it is gone.
 	s.locks.opened().settings.Store(&old)

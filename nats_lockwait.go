@@ -39,8 +39,8 @@ const (
 	unchosenFactor = 10
 	// missedReleaseCheck is how often a waiter that cannot hear releases checks.
 	missedReleaseCheck = 2 * time.Second
-	// settleTime is how long after it has subscribed a waiter in a cluster looks again:
-	// by then all servers know of the subscription.
+	// settleTime is about how long a subscription takes to reach all servers of a cluster.
+	// A waiter looks again then.
 	settleTime = time.Second
 	// waiterGroup is the queue group of those who wait for a lock: what is
 	// published to the lock's subject chooses one of them.

@@ -24,6 +24,18 @@ func newJetStream(t testing.TB, nc *nats.Conn) jetstream.JetStream {
 	return js
 }
 
+// alterStream changes settings of a stream, as its operator would.
+func alterStream(t testing.TB, js jetstream.JetStream, name string, change func(cfg *jetstream.StreamConfig)) {
+	t.Helper()
+	ctx := context.Background()
+	stream, err := js.Stream(ctx, name)
+	require.NoError(t, err)
+	cfg := stream.CachedInfo().Config
+	change(&cfg)
+	_, err = js.UpdateStream(ctx, cfg)
+	require.NoError(t, err)
+}
+
 func TestNewNATSStoreRefusesConfigs(t *testing.T) {
 	srv := startServer(t, nil)
 	nc, closed := connect(t, srv.ClientURL()), connect(t, srv.ClientURL())
@@ -277,12 +289,7 @@ func TestMaxAgeRaised(t *testing.T) {
 	put, written := receive(t, events), receive(t, events)
 	mustGet(t, s, "written") // the store remembers when it was to end
 	require.Equal(t, put.Modified.Add(age), put.Expires)
-	stream, err := js.Stream(ctx, "KV_b")
-	require.NoError(t, err)
-	cfg := stream.CachedInfo().Config
-	cfg.MaxAge = time.Hour
-	_, err = js.UpdateStream(ctx, cfg)
-	require.NoError(t, err)
+	alterStream(t, js, "KV_b", func(cfg *jetstream.StreamConfig) { cfg.MaxAge = time.Hour })
 	if time.Since(put.Modified) > age-500*time.Millisecond {
 		t.Skip("the machine was busy: the server may have removed them")
 	}

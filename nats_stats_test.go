@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
@@ -157,13 +158,7 @@ func TestLogOfChangedSettings(t *testing.T) {
 	nc := connect(t, startServer(t, nil).ClientURL())
 	s, book := openLogged(t, nc, "b")
 	mustWatch(t, s, "*") // it looks at the settings now and then
-	js := newJetStream(t, nc)
-	stream, err := js.Stream(context.Background(), "KV_b")
-	require.NoError(t, err)
-	cfg := stream.CachedInfo().Config
-	cfg.MaxAge = time.Hour
-	_, err = js.UpdateStream(context.Background(), cfg)
-	require.NoError(t, err)
+	alterStream(t, newJetStream(t, nc), "KV_b", func(cfg *jetstream.StreamConfig) { cfg.MaxAge = time.Hour })
 	changed := book.one(t, "settings of the bucket changed")
 	assert.Equal(t, slog.LevelInfo, changed.level)
 	assert.Equal(t, time.Hour, changed.attrs["max_age"].Duration())
@@ -207,7 +202,7 @@ func dialling(t *testing.T, s *NATSStore, p *proxy) {
 }
 
 // TestContextOnAStalledLink: every call ends within milliseconds of its context,
-// without a goroutine of its own, on a link that is up and on one that is not.
+// without a goroutine of its own, whether the connection is up or not.
 func TestContextOnAStalledLink(t *testing.T) {
 	t.Parallel()
 	t.Run("up", func(t *testing.T) { contextOnAStalledLink(t, true) })
