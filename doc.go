@@ -183,7 +183,8 @@
 //
 // Its Client method returns another client of the same data; give each agent of a
 // test its own. Package [example.com/state/statetest] wraps a store and makes it
-// fail as production does.
+// fail as production does. With -race, run tests that use bubbles with -cpu 1: on
+// several processors the race detector crashes now and then (golang/go#78156).
 //
 // Do not use a NATSStore in a bubble: its server uses the real clock. To test
 // against a real server, run one inside the test binary, as the examples here do.

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"slices"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -32,7 +31,7 @@ func TestFollowOfAnyStore(t *testing.T) {
 	}
 	t.Run("memory", func(t *testing.T) {
 		run(t, backend{
-			run: func(t *testing.T, f func(*testing.T)) { synctest.Test(t, f) },
+			run: bubble,
 			open: func(t *testing.T) func() Store {
 				s := NewMemoryStore()
 				t.Cleanup(func() { require.NoError(t, s.Close()) })

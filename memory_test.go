@@ -13,11 +13,21 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
+// bubbleProcs is the number of processors for a bubble; 0 leaves it as it is.
+var bubbleProcs = 0
+
+// bubble runs f in a bubble of testing/synctest. No parallel test may call it.
+func bubble(t *testing.T, f func(*testing.T)) {
+	t.Helper()
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(bubbleProcs))
+	synctest.Test(t, f)
+}
+
 func TestMemoryStoreConformance(t *testing.T) { testConformance(t, memoryBackend()) }
 
 func memoryBackend() backend {
 	return backend{
-		run: func(t *testing.T, f func(*testing.T)) { synctest.Test(t, f) },
+		run: bubble,
 		open: func(t *testing.T) func() Store {
 			s := NewMemoryStore()
 			t.Cleanup(func() { _ = s.Close() })
@@ -29,7 +39,7 @@ func memoryBackend() backend {
 // TestHoldEndsWithTheLease: if the lease is not refreshed, fn's context ends with
 // it, to the nanosecond.
 func TestHoldEndsWithTheLease(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		s := NewMemoryStore()
 		defer s.Close()
 		began := time.Now()
@@ -46,7 +56,7 @@ func TestHoldEndsWithTheLease(t *testing.T) {
 // of a bubble, which stands still while something runs.
 func TestTinyTTLsPassInABubble(t *testing.T) {
 	for _, ttl := range []time.Duration{1, 2, 3, time.Microsecond, time.Millisecond} {
-		synctest.Test(t, func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
 			s := NewMemoryStore()
 			defer s.Close()
 			work := func(ctx context.Context, _ uint64) error {
@@ -123,7 +133,7 @@ func TestMemoryStoreZeroValue(t *testing.T) {
 // TestMemoryStoreClients: closing the store that NewMemoryStore returned closes
 // all clients.
 func TestMemoryStoreClients(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		root := NewMemoryStore()
 		one := root.Client()
 		two := one.Client()
@@ -223,7 +233,7 @@ func TestMemoryStoreGetSeesRefreshedKeys(t *testing.T) {
 // TestMemoryStoreFollow is about the hook of Follow: what it returns and what it
 // delivers is everything, once, and it ends when it is stopped and with its client.
 func TestMemoryStoreFollow(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		root := NewMemoryStore()
 		defer root.Close()
 		for _, pattern := range []pattern{{"k.1", false}, {"k.", true}} {
@@ -281,7 +291,7 @@ func TestMemoryStoreFollow(t *testing.T) {
 // TestMemoryStoreWaitersAreForgotten: nothing is left of those who waited for a
 // lock.
 func TestMemoryStoreWaitersAreForgotten(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		s := NewMemoryStore()
 		defer s.Close()
 		l := mustLock(t, s, "l", time.Minute)
@@ -318,7 +328,7 @@ func TestMemoryStoreWaitersAreForgotten(t *testing.T) {
 // TestMemoryStoreWaitersLearnOfALaterLease: those who wait for the end of a lease
 // get the lock when a later and shorter one has ended.
 func TestMemoryStoreWaitersLearnOfALaterLease(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		s := NewMemoryStore()
 		defer s.Close()
 		first := mustLock(t, s, "l", time.Hour)
@@ -342,7 +352,7 @@ func TestMemoryStoreWaitersLearnOfALaterLease(t *testing.T) {
 // TestMemoryStoreWaiterClosed: a waiter whose client is closed as it is woken
 // leaves its turn to the next one.
 func TestMemoryStoreWaiterClosed(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		s := NewMemoryStore()
 		defer s.Close()
 		for range 200 {
