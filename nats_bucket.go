@@ -166,7 +166,7 @@ func (b *bucket) infoBy(budget *retryBudget, verb string, req any) (*streamInfo,
 	for {
 		var info streamInfo
 		asked := time.Now()
-		e, _ := b.current()
+		e := b.currentEpoch()
 		if err := b.streamCall(budget, verb, b.stream, req, &info); err != nil {
 			return nil, err
 		}
@@ -470,7 +470,4 @@ func (b *bucket) clockFor(budget *retryBudget, deadline timestamp) timestamp {
 	return clock.now
 }
 
-func (b *bucket) readClock() clockReading {
-	e, _ := b.current()
-	return b.clock.read(e)
-}
+func (b *bucket) readClock() clockReading { return b.clock.read(b.currentEpoch()) }

@@ -214,7 +214,7 @@ func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, valu
 	small := info.State.Bytes <= smallMsg*info.State.Messages
 	l.headersOnly = !values && !small
 	l.batch = int(min(info.State.Messages+spareBatch, listBatch))
-	l.epoch, _ = b.current()
+	l.epoch = b.currentEpoch()
 	var err error
 	if l.source, err = b.consume(budget, consumption{filter: filter, headersOnly: l.headersOnly, batch: l.batch, life: listLife}); err != nil {
 		return nil, err

@@ -273,7 +273,7 @@ func TestPullOfExactlyItsBytes(t *testing.T) {
 	}
 	run := func(bytes int) (l *listRun, got, asked int) {
 		l = &listRun{b: s.data, pattern: pattern{wild: true}, batch: 20, timer: time.NewTimer(time.Hour)}
-		l.epoch, _ = s.data.current()
+		l.epoch = s.data.currentEpoch()
 		budget := newBudget(t.Context())
 		var err error
 		l.source, err = s.data.consume(budget, consumption{filter: "$KV.b.>", batch: 20, life: time.Minute})

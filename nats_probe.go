@@ -80,12 +80,11 @@ func (b *bucket) probeSome(budget *retryBudget, e *epoch, questions []question) 
 // askByReading reads a key where the bucket refuses every probe, because it takes only
 // smaller messages or is full. It does not see a write that is under way.
 func (b *bucket) askByReading(budget *retryBudget, e *epoch, key string) probeResult {
-	if now, err := b.connected(budget); err != nil || now != e {
+	if !b.still(budget, e) {
 		return probeResult{}
 	}
 	r, err := b.leaderRecord(budget, key)
-	now, _ := b.current()
-	return probeResult{last: r.revision, known: err == nil && now == e}
+	return probeResult{last: r.revision, known: err == nil && b.currentEpoch() == e}
 }
 
 // followUp changes the question to what is to be asked next, if its answer leaves
@@ -105,7 +104,7 @@ func (q *question) followUp(answer probeResult) bool {
 // ask asks each question once, all of them at the same time.
 func (b *bucket) ask(budget *retryBudget, e *epoch, questions []question) []probeResult {
 	results := make([]probeResult, len(questions))
-	if now, err := b.connected(budget); err != nil || now != e {
+	if !b.still(budget, e) {
 		return results
 	}
 	exchanges := make([]*exchange, len(questions))

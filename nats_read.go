@@ -32,7 +32,7 @@ func (b *bucket) direct() bool {
 	if !s.alone || !s.AllowDirect || s.mirrored {
 		return false
 	}
-	if e, _ := b.current(); s.epoch != e || time.Since(s.checked) > settingsLife {
+	if s.epoch != b.currentEpoch() || time.Since(s.checked) > settingsLife {
 		b.check()
 		return false
 	}

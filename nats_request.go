@@ -323,17 +323,17 @@ func (r *requester) begin(status nats.Status) {
 //
 // While the connection is down, nothing but follow asks the client library for
 // anything: it holds its mutex while it dials, and waits for the server's greeting.
-func (r *requester) up() bool {
+func (r *requester) up() bool { return r.currentEpoch().status == nats.CONNECTED }
+
+func (r *requester) currentEpoch() *epoch {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.epoch.status == nats.CONNECTED
+	return r.epoch
 }
 
 // current returns the current epoch and the connection's status.
 func (r *requester) current() (*epoch, nats.Status) {
-	r.mu.Lock()
-	e := r.epoch
-	r.mu.Unlock()
+	e := r.currentEpoch()
 	if e.status != nats.CONNECTED {
 		return e, e.status
 	}
@@ -373,6 +373,13 @@ func (r *requester) connected(budget *retryBudget) (*epoch, error) {
 			return nil, nats.ErrDisconnected
 		}
 	}
+}
+
+// still waits until the connection is up, and reports whether that is still the same
+// epoch.
+func (r *requester) still(budget *retryBudget, e *epoch) bool {
+	now, err := r.connected(budget)
+	return err == nil && now == e
 }
 
 // wait pauses, randomly and for longer each time, and reports whether there is

@@ -744,7 +744,7 @@ func TestExpiriesOnReplicas(t *testing.T) {
 // none does by itself, and returns its revision.
 func markEnd(t *testing.T, s *NATSStore, key string, base record) uint64 {
 	t.Helper()
-	e, _ := s.data.current()
+	e := s.data.currentEpoch()
 	result := s.data.ask(newBudget(context.Background()), e, []question{{key: key, base: base, mark: true}})[0]
 	require.True(t, result.known)
 	require.Greater(t, result.last, base.revision, "it was stored")

@@ -236,12 +236,12 @@ var mutations = []mutation{
 		{"	if !ok || b.cache.recall(key).revision > r.revision {\n", "	if statusOf(answer) == \"404\" {\n		return record{}, true\n	}\n	if !ok || b.cache.recall(key).revision > r.revision {\n"},
 	}, []string{"altered"}},
 	{"settings-stay-as-they-were", []edit{
-		{"s.epoch != e || time.Since(s.checked) > settingsLife {", "false && s.epoch != e {"},
+		{"s.epoch != b.currentEpoch() || time.Since(s.checked) > settingsLife {", "false {"},
 		{"	if b.checking.CompareAndSwap(false, true) {\n", "	if false {\n"},
 	}, []string{"altered"}},
 	{"new-replicas-are-trusted", []edit{ // as if the bucket still had one
 		{"!s.alone || !s.AllowDirect || s.mirrored", "s.Replicas > 1 || !s.AllowDirect"},
-		{"s.epoch != e || time.Since(s.checked) > settingsLife {", "false && s.epoch != e {"},
+		{"s.epoch != b.currentEpoch() || time.Since(s.checked) > settingsLife {", "false {"},
 		{"	if !ok || b.cache.recall(key).revision > r.revision {\n", "	if !ok {\n"},
 		{"	if b.checking.CompareAndSwap(false, true) {\n", "	if false {\n"},
 	}, []string{"more-replicas"}},
