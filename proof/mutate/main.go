@@ -40,6 +40,7 @@ var suite = map[string]string{
 	"vague-clock":      ". -run ^TestClockVague$",
 	"get-in-memory":    ". -run ^TestMemoryStoreGetSeesRefreshedKeys$",
 	"beside-mirror":    ". -run ^TestReadsBesideMirror$",
+	"settings-log":     ". -run ^TestLogOfChangedSettings$",
 	"more-replicas":    ". -run ^TestReadsWhileReplicasAreAdded$",
 	"read-late":        ". -run ^TestRefreshedWhileReading$",
 	"joins":            ". -run ^TestHoldJoinsARefresh$",
@@ -238,7 +239,7 @@ var mutations = []mutation{
 	{"settings-stay-as-they-were", []edit{
 		{"s.epoch != b.currentEpoch() || time.Since(s.checked) > settingsLife {", "false {"},
 		{"	if b.checking.CompareAndSwap(false, true) {\n", "	if false {\n"},
-	}, []string{"altered"}},
+	}, []string{"settings-log"}},
 	{"new-replicas-are-trusted", []edit{ // as if the bucket still had one
 		{"!s.alone || !s.AllowDirect || s.mirrored", "s.Replicas > 1 || !s.AllowDirect"},
 		{"s.epoch != b.currentEpoch() || time.Since(s.checked) > settingsLife {", "false {"},
