@@ -258,7 +258,7 @@ var functionCases = []conformanceCase{
 		ctx, cancel := context.WithCancel(context.Background())
 		defer cancel()
 		done := make(chan error)
-		go func() { done <- KeepAlive(ctx, a, "k", 600*time.Millisecond, func() []byte { return []byte("mine") }) }()
+		go func() { done <- KeepAlive(ctx, a, "k", 3*time.Second, func() []byte { return []byte("mine") }) }()
 		next := func(value string) {
 			eventually(t, func() bool { return string(receive(t, events).Value) == value }, value)
 		}

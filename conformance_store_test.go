@@ -208,7 +208,7 @@ var storeCases = []conformanceCase{
 	{"expires", "Expires is the deadline by the store's clock; zero means never, and in an OpDelete", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		events := mustWatch(t, b, "*")
-		for i, ttl := range []time.Duration{0, time.Hour, 90*time.Minute + time.Nanosecond, 1500 * time.Millisecond, 0, time.Minute} {
+		for i, ttl := range []time.Duration{0, time.Hour, 90*time.Minute + time.Nanosecond, 90*time.Second + 500*time.Millisecond, 0, time.Minute} {
 			require.NoError(t, a.Put("k", fmt.Append(nil, i), ttl))
 			kv := mustGet(t, b, "k")
 			if ttl == 0 {

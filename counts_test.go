@@ -29,6 +29,7 @@ func TestNATSStoreRequests(t *testing.T) {
 
 	requests := func(name string, want uint64, op func() error) {
 		t.Helper()
+		lookAtSettings(t, s)
 		before := nc.Stats().OutMsgs
 		require.NoError(t, op(), name)
 		require.Equal(t, want, nc.Stats().OutMsgs-before, "requests of: %s", name)

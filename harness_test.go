@@ -222,12 +222,14 @@ type process struct {
 	cmd      *exec.Cmd
 }
 
+var serverDir string // which TestMain removes
+
 var serverBinary = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "nats-server")
-	if err != nil {
+	var err error
+	if serverDir, err = os.MkdirTemp("", "nats-server"); err != nil {
 		return "", err
 	}
-	bin := filepath.Join(dir, "nats-server")
+	bin := filepath.Join(serverDir, "nats-server")
 	out, err := exec.Command("go", "build", "-o", bin, "github.com/nats-io/nats-server/v2").CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("%w: %s", err, out)

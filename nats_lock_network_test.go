@@ -121,7 +121,7 @@ func TestNextAmongManyWaiters(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer wg.Wait()
 	defer cancel()
-	wait := func(s *NATSStore) {
+	wait := func(s *NATSStore, ttl time.Duration) {
 		lock, err := Acquire(ctx, s, "l", ttl)
 		if err != nil {
 			return
@@ -147,11 +147,11 @@ func TestNextAmongManyWaiters(t *testing.T) {
 		}
 	}
 	first := open()
-	wg.Go(func() { wait(first) })
+	wg.Go(func() { wait(first, time.Minute) }) // it unlocks
 	awaitHolder()
 	for range waiters {
 		s := open()
-		wg.Go(func() { wait(s) })
+		wg.Go(func() { wait(s, ttl) })
 	}
 	eventually(t, func() bool { return asked.Load() >= waiters }, "they have all looked")
 	least := map[bool]int64{true: math.MaxInt64, false: math.MaxInt64} // on a busy machine the chosen one can be late
@@ -372,24 +372,27 @@ func TestHolderAmongWaiters(t *testing.T) {
 	var waiters sync.WaitGroup
 	defer waiters.Wait()
 	defer stop()
-	ran := false
-	err := WithLock(context.Background(), s, "l", 2*time.Second, func(ctx context.Context, _ uint64) error {
-		ran = true
-		for range 200 {
-			waiters.Go(func() {
-				_ = WithLock(waiting, s, "l", 2*time.Second, func(context.Context, uint64) error { return nil })
-			})
+	withLongerTTL(t, 2*time.Second, func(ttl time.Duration) (kept bool) {
+		lock := "l-" + ttl.String()
+		err := WithLock(context.Background(), s, lock, ttl, func(ctx context.Context, _ uint64) error {
+			for range 200 {
+				waiters.Go(func() {
+					_ = WithLock(waiting, s, lock, ttl, func(context.Context, uint64) error { return nil })
+				})
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(10 * time.Second):
+				kept = true
+			}
+			return nil
+		})
+		if !kept {
+			refuses(t, ErrLockExpired, err)
+			return false
 		}
-		began := time.Now()
-		select {
-		case <-ctx.Done():
-			assert.Fail(t, "the lease was lost", "after %v: %v", time.Since(began), context.Cause(ctx))
-		case <-time.After(10 * time.Second):
-		}
-		return nil
+		return assert.NoError(t, err)
 	})
-	assert.True(t, ran)
-	assert.NoError(t, err)
 }
 
 // TestWaitersDoNotGiveUp: whoever waits for a lock waits until its context ends.
@@ -463,9 +466,10 @@ func TestBucketsThatCannotHoldLocks(t *testing.T) {
 			assert.ErrorContains(t, err, name+"-locks")
 			assert.Regexp(t, c.says, err.Error())
 			// A store that first waits for the lock finds out as well.
-			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+			second := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: name})
+			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 			defer cancel()
-			_, err = Acquire(ctx, openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: name}), "l", time.Minute)
+			_, err = Acquire(ctx, second, "l", time.Minute)
 			require.Error(t, err)
 			assert.Regexp(t, c.says, err.Error())
 			require.NoError(t, s.Put("k", nil, 0), "the data can be written all the same")
@@ -786,7 +790,7 @@ func TestReadsAfterALeadersDeath(t *testing.T) {
 	}
 	wg.Wait()
 	t.Logf("Put works again after %v, Get after %v", write, reads)
-	assert.Less(t, slices.Max(reads), write+2*time.Second)
+	assert.Less(t, slices.Max(reads), write+4*time.Second)
 	assert.Less(t, write, 30*time.Second)
 }
 
@@ -813,7 +817,7 @@ func TestReadAsksAgainBetweenLeaders(t *testing.T) {
 	value, err := s.Get("k")
 	require.NoError(t, err, "after %d requests", asked.Load())
 	assert.Equal(t, "v", string(value))
-	assert.EqualValues(t, unanswered+1, asked.Load())
+	assert.InDelta(t, unanswered+1, asked.Load(), 1, "the last one is asked again if its answer is late")
 }
 
 // startProcessCluster runs three servers in processes of their own, named s0 to

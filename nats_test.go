@@ -5,8 +5,10 @@ import (
 	"os"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
+	"github.com/stretchr/testify/require"
 )
 
 // TestMain has more tests run at a time than there are processors: they spend
@@ -16,7 +18,9 @@ func TestMain(m *testing.M) {
 	if err := flag.Set("test.parallel", "10"); err != nil {
 		panic(err)
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	_ = os.RemoveAll(serverDir)
+	os.Exit(code)
 }
 
 func TestNATSStoreConformance(t *testing.T) {
@@ -29,6 +33,16 @@ func TestNATSStoreConformance(t *testing.T) {
 func TestNATSStoreConformanceReplicated(t *testing.T) {
 	t.Parallel()
 	testConformance(t, natsBackend(3, startCluster(t).servers...))
+}
+
+// lookAtSettings looks at the bucket's settings if they are no longer new. On a slow
+// machine a request that is to be counted would do it, too.
+func lookAtSettings(t *testing.T, s *NATSStore) {
+	t.Helper()
+	if time.Since(s.data.settings.Load().checked) > settingsLife/2 {
+		_, err := s.data.info(newBudget(t.Context()))
+		require.NoError(t, err)
+	}
 }
 
 func natsBackend(replicas int, servers ...*server.Server) backend {

@@ -338,12 +338,16 @@ func TestProxyDistance(t *testing.T) {
 		require.Len(t, answer.Data, size)
 		return time.Since(began)
 	}
-	fastest := trip(1)
-	for range 5 {
-		fastest = min(fastest, trip(1))
+	fastest := func() time.Duration {
+		best := trip(1)
+		for range 5 {
+			best = min(best, trip(1))
+		}
+		return best
 	}
-	require.GreaterOrEqual(t, fastest, 40*time.Millisecond)
-	require.Less(t, fastest, 200*time.Millisecond)
+	best := fastest()
+	require.GreaterOrEqual(t, best, 40*time.Millisecond)
+	require.Less(t, best, 200*time.Millisecond)
 
 	// The distance does not limit how much passes meanwhile.
 	seen := make(chan struct{}, 20_000)
@@ -362,5 +366,5 @@ func TestProxyDistance(t *testing.T) {
 	p.move(distance{bandwidth: 1 << 20})
 	require.GreaterOrEqual(t, trip(100<<10), 390*time.Millisecond)
 	p.move(distance{})
-	require.Less(t, trip(1), 200*time.Millisecond)
+	require.Less(t, fastest(), 200*time.Millisecond)
 }

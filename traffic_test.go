@@ -40,6 +40,7 @@ func (tr traffic) start(t testing.TB, nc *nats.Conn, bucket string) (stop func()
 		for n := 0; ; {
 			select {
 			case <-quit:
+				_ = nc.Flush() // what follows comes after all of it
 				return
 			case <-ticker.C:
 			}

@@ -46,10 +46,11 @@ func TestMarkerAnomaly(t *testing.T) {
 		kv, err = js.CreateKeyValue(t.Context(), jetstream.KeyValueConfig{Bucket: "vanilla", Replicas: 3, LimitMarkerTTL: time.Hour})
 		return err == nil
 	})
-	s, err := state.NewNATSStore(state.NATSStoreConfig{Conn: nc.nc, Bucket: "ours", Replicas: 3})
-	if err != nil {
-		t.Fatal(err)
-	}
+	var s *state.NATSStore
+	waitFor(t, func() bool {
+		s, err = state.NewNATSStore(state.NATSStoreConfig{Conn: nc.nc, Bucket: "ours", Replicas: 3})
+		return err == nil
+	})
 	defer s.Close()
 
 	raw := lateWrites(t, rounds, keys, func(key string) error {
@@ -157,9 +158,10 @@ func TestDeleteAnomaly(t *testing.T) {
 			t.Fatal(err)
 		}
 		conns[i] = cl.nc
-		if stores[i], err = state.NewNATSStore(state.NATSStoreConfig{Conn: cl.nc, Bucket: "ours", Replicas: 3}); err != nil {
-			t.Fatal(err)
-		}
+		waitFor(t, func() bool {
+			stores[i], err = state.NewNATSStore(state.NATSStoreConfig{Conn: cl.nc, Bucket: "ours", Replicas: 3})
+			return err == nil
+		})
 		defer stores[i].Close()
 	}
 	js, err := jetstream.New(conns[0])

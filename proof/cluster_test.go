@@ -162,7 +162,7 @@ func startClusterWith(t testing.TB, size int, processes bool, a *account) *clust
 		must(n.start())
 		urls[i] = "nats://" + n.addr
 	}
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(90 * time.Second)
 	for c.admin == nil {
 		c.admin, err = nats.Connect(strings.Join(urls, ","), nats.MaxReconnects(-1), nats.ReconnectWait(20*time.Millisecond),
 			nats.IgnoreDiscoveredServers(), nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}),

@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 		_ = os.RemoveAll(binaryDir)
 	}
 	if code == 0 {
-		if err := goleak.Find(); err != nil {
+		if err := eventually(20*time.Second, func() error { return goleak.Find() }); err != nil {
 			os.Stderr.WriteString(err.Error() + "\n")
 			code = 1
 		}

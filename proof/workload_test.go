@@ -26,6 +26,7 @@ type load struct {
 	epoch                           time.Duration // how long a key is used before the next one, so that histories stay short
 	big                             int           // the size of the largest value, which is rare
 	transfer                        time.Duration // how long what is in front of an event may take
+	aged                            time.Duration // how old a cache may be, if that is more than four seconds
 	catchUp                         time.Duration // how long watches may take to catch up at the end
 	quiet                           bool          // no faults: calls that are cut short must return at once
 	ages                            bool          // a max_age of an hour or two comes and goes
@@ -37,8 +38,9 @@ type load struct {
 
 	sightings sync.Map // of every revision that anybody was shown, what it was
 	lag       atomic.Int64
-	mu        sync.Mutex // guards what follows
-	broken    []string   // rules that were broken
+	asleep    atomic.Int64 // since when measureLag sleeps
+	mu        sync.Mutex   // guards what follows
+	broken    []string     // rules that were broken
 	watched   []*watched
 	written   map[string][]*write          // by key, in the order of the calls
 	values    map[string]map[string]*write // by key and value
@@ -113,8 +115,8 @@ func (l *load) run(ctx context.Context, ready func()) error {
 	}
 	defer cache.Close()
 	ready()
-	var wg sync.WaitGroup
-	wg.Go(func() { l.measureLag(ctx) })
+	var lag, wg sync.WaitGroup
+	lag.Go(func() { l.measureLag(watching) }) // what expires at last is judged later
 	for i := range l.keys {
 		wg.Go(func() { l.useKeys(ctx, i, stores[i]) })
 	}
@@ -140,25 +142,32 @@ func (l *load) run(ctx context.Context, ready func()) error {
 	for _, w := range l.watched {
 		w.done.Wait()
 	}
+	lag.Wait()
 	return nil
 }
+
+// lagStep is how long measureLag sleeps at a time.
+const lagStep = 10 * time.Millisecond
 
 // measureLag notes by how much too late the processor lets a goroutine go on:
 // deadlines of this load are that much later.
 func (l *load) measureLag(ctx context.Context) {
 	for ctx.Err() == nil {
-		began := time.Now()
+		l.asleep.Store(l.now())
 		l.rest(ctx, 0)
-		time.Sleep(10 * time.Millisecond)
-		if late := int64(time.Since(began) - 10*time.Millisecond); late > l.lag.Load() {
-			l.lag.Store(late)
-		}
+		time.Sleep(lagStep)
+		l.lag.Store(max(l.lag.Load(), l.overslept()))
 	}
+	l.asleep.Store(never)
 }
+
+// overslept returns for how much longer than it should the sleep of measureLag that
+// is under way has gone on.
+func (l *load) overslept() int64 { return l.now() - l.asleep.Load() - int64(lagStep) }
 
 // slack is how much later than promised something may be, as far as the
 // processor is to blame.
-func (l *load) slack() time.Duration { return 5 * time.Duration(l.lag.Load()) }
+func (l *load) slack() time.Duration { return 5 * time.Duration(max(l.lag.Load(), l.overslept())) }
 
 // note remembers an error for those who ask why.
 func (l *load) note(client int, format string, args ...any) {
@@ -918,7 +927,7 @@ func (l *load) useCache(ctx context.Context, client int, s state.Store, cache *s
 		}
 		asOf := cache.AsOf()
 		kv, err := cache.GetKeyValue(key)
-		if age := time.Since(asOf); l.quiet && age > 4*time.Second+l.transfer+l.slack() {
+		if age := time.Since(asOf); l.quiet && age > max(4*time.Second, l.aged)+l.transfer+l.slack() {
 			l.broke("cache: it is as of %v ago", age)
 		}
 		for i := len(acked) - 1; i >= 0; i-- {

@@ -35,7 +35,7 @@ func ExampleCalls_LoseAnswer() {
 	defer store.Close()
 
 	store.On(statetest.Put, "job").LoseAnswer()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer cancel()
 	err := store.WithContext(ctx).Put("job", []byte("done"), 0)
 	value, _ := store.Get("job")
