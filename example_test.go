@@ -392,7 +392,7 @@ func ExampleFenced() {
 	defer store.Close()
 	var resource Resource
 
-	lock, _ := store.Lock("scheduler", time.Millisecond)
+	lock, _ := store.Lock("scheduler", 100*time.Millisecond)
 	ada := lock.(state.Fenced)
 	fmt.Println("ada writes:", resource.Write(ada.Token()))
 

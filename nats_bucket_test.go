@@ -130,7 +130,7 @@ func TestHistoryRaisedMeanwhile(t *testing.T) {
 	_, err = kv.Put(ctx, "ttl", []byte("durable, too"))
 	require.NoError(t, err)
 	require.NoError(t, s.Put("ttl", []byte("short"), time.Second))
-	require.NoError(t, s.Put("twice", []byte("short"), time.Second))
+	require.NoError(t, s.Put("twice", []byte("short"), 5*time.Second))
 	require.NoError(t, s.Put("twice", []byte("shorter"), 500*time.Millisecond))
 	require.NoError(t, s.Delete("deleted"))
 	for _, key := range []string{"ttl", "twice"} {

@@ -2,6 +2,7 @@ package state
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -218,11 +219,13 @@ func TestExpiryIsExact(t *testing.T) {
 	} {
 		wg.Go(func() {
 			key := fmt.Sprint("k.", i)
-			assert.NoError(t, s.Put(key, nil, ttl))
-			kv, err := s.GetKeyValue(key)
-			if !assert.NoError(t, err) {
-				return
-			}
+			var kv *KeyValue
+			eventually(t, func() (seen bool) { // before it ends
+				assert.NoError(t, s.Put(key, nil, ttl))
+				var err error
+				kv, err = s.GetKeyValue(key)
+				return err == nil
+			}, "the entry")
 			for {
 				asked := time.Now()
 				_, err := s.Get(key)
@@ -258,9 +261,10 @@ func TestServerClock(t *testing.T) {
 			base := server()
 			time.Sleep(time.Millisecond) // and back
 			c.set(base, asked, first)
+			before := server()
 			estimate := c.now()
 			assert.LessOrEqual(t, estimate, server(), skew)
-			assert.GreaterOrEqual(t, estimate+c.uncertainty(time.Now()), server()-timestamp(time.Millisecond), skew)
+			assert.GreaterOrEqual(t, estimate+c.uncertainty(time.Now()), before, skew)
 		}
 		c.observe(server())
 		assert.LessOrEqual(t, c.now(), server())
@@ -278,9 +282,14 @@ func TestServerClock(t *testing.T) {
 // is ahead, which is how it is brought about here.
 func TestClockSetBack(t *testing.T) {
 	t.Parallel()
-	const ttl, back = 700 * time.Millisecond, timestamp(600 * time.Millisecond)
 	s := openStore(t, NATSStoreConfig{Conn: connect(t, startServer(t, nil).ClientURL()), Bucket: "b"})
 	other := openStore(t, NATSStoreConfig{Conn: s.data.nc, Bucket: "b"})
+	require.NoError(t, mustLock(t, s, "first", time.Minute).Unlock())
+	withLongerTTL(t, 700*time.Millisecond, func(ttl time.Duration) (inTime bool) { return clockSetBack(t, s, other, ttl) })
+}
+
+func clockSetBack(t *testing.T, s, other *NATSStore, ttl time.Duration) (inTime bool) {
+	back := timestamp(ttl - 100*time.Millisecond)
 	setBack := func() {
 		for _, b := range []*bucket{s.data, s.locks.bucket} {
 			b.clock.mu.Lock()
@@ -289,66 +298,82 @@ func TestClockSetBack(t *testing.T) {
 			b.clock.mu.Unlock()
 		}
 	}
-	_, err := s.Lock("first", ttl)
-	require.NoError(t, err)
-	r := recordEvents(t, mustWatch(t, s, "watched"))
-
+	key := func(name string) string { return fmt.Sprintf("%v.%s", ttl, name) }
+	r := recordEvents(t, mustWatch(t, s, key("watched")))
 	began := time.Now()
-	keys := []string{"deleted", "listed", "put", "read", "updated", "watched"}
-	for _, key := range keys {
-		require.NoError(t, other.Put(key, []byte("v"), ttl))
+	for _, name := range []string{"deleted", "listed", "put", "read", "updated", "watched"} {
+		require.NoError(t, other.Put(key(name), []byte("v"), ttl))
 	}
-	before, err := other.GetKeyValue("put")
-	require.NoError(t, err)
-	_, err = other.Lock("held", ttl)
-	require.NoError(t, err)
+	before, err := other.GetKeyValue(key("put"))
+	if err == nil {
+		_, err = other.Lock(key("held"), ttl)
+	}
 	time.Sleep(ttl / 5)
+	if time.Since(began) >= ttl {
+		return false
+	}
+	require.NoError(t, err)
 
-	for what, is := range map[string]func(){
-		"read": func() {
-			_, err := s.Get("read")
-			assert.NoError(t, err)
+	is := func(want bool, err error) error {
+		if err == nil && !want {
+			err = errors.New("it is not")
+		}
+		return err
+	}
+	for name, check := range map[string]func(key string) error{
+		"read": func(key string) error {
+			_, err := s.Get(key)
+			return err
 		},
-		"listed": func() {
+		"listed": func(key string) error {
 			all, err := s.Keys("*")
-			require.NoError(t, err)
-			assert.Contains(t, all, "listed")
+			return is(slices.Contains(all, key), err)
 		},
-		"updated": func() {
-			_, err := s.Update("updated", nil, 0, 0)
-			refuses(t, ErrConflict, err)
+		"updated": func(key string) error {
+			_, err := s.Update(key, nil, 0, 0)
+			return is(err == ErrConflict, nil) //nolint:errorlint // bare
 		},
-		"deleted": func() {
-			require.NoError(t, s.Delete("deleted"))
-			_, err := other.Get("deleted")
-			refuses(t, ErrNotFound, err)
-		},
-		"put": func() {
-			for range 2 {
-				require.NoError(t, s.Put("put", nil, time.Minute))
-				after, err := other.GetKeyValue("put")
-				require.NoError(t, err)
-				assert.Equal(t, before.Created, after.Created)
+		"deleted": func(key string) error {
+			if err := s.Delete(key); err != nil {
+				return err
 			}
+			_, err := other.Get(key)
+			return is(err == ErrNotFound, nil) //nolint:errorlint // bare
 		},
-		"held": func() {
-			_, err := s.Lock("held", ttl)
-			refuses(t, ErrLockHeld, err)
+		"put": func(key string) error {
+			for range 2 {
+				if err := s.Put(key, nil, time.Minute); err != nil {
+					return err
+				}
+				after, err := other.GetKeyValue(key)
+				if err := is(err == nil && before.Created.Equal(after.Created), err); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+		"held": func(key string) error {
+			_, err := s.Lock(key, ttl)
+			return is(err == ErrLockHeld, nil) //nolint:errorlint // bare
 		},
 	} {
 		setBack()
-		is()
-		require.Less(t, time.Since(began), ttl, "too late to tell anything of what is %s", what)
+		err := check(key(name))
+		if time.Since(began) >= ttl {
+			return false // too late to tell anything
+		}
+		assert.NoError(t, err, "what is to be %s", name)
 	}
 	for time.Since(began) < ttl-20*time.Millisecond {
 		setBack()
-		require.NoError(t, other.Put("watched.not", nil, 0))
+		require.NoError(t, other.Put(key("watched.not"), nil, 0))
 		time.Sleep(10 * time.Millisecond)
 	}
 	if told := r.count(); time.Since(began) < ttl {
 		assert.Equal(t, 1, told, "only the Put")
 	}
 	eventually(t, func() bool { return r.count() == 2 }, "the expiry")
+	return true
 }
 
 // TestClockVague: the answer from which the server's clock is estimated took

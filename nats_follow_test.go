@@ -41,13 +41,18 @@ func TestFollowOutlivesRestart(t *testing.T) {
 	for i := range 20 {
 		require.NoError(t, writer.Put(fmt.Sprintf("k.%d", i), []byte("before"), 0))
 	}
-	require.NoError(t, writer.Put("k.dies", nil, 500*time.Millisecond))
-	f := mustFollow(t, t.Context(), s, "k.*")
-	require.Len(t, f.entries, 21)
+	var f *followed
+	var life time.Duration
+	withLongerTTL(t, 500*time.Millisecond, func(ttl time.Duration) bool {
+		life = ttl
+		require.NoError(t, writer.Put("k.dies", nil, ttl))
+		f = mustFollow(t, t.Context(), s, "k.*")
+		return len(f.entries) == 21
+	})
 	c := mustCache(t, s, "k.*")
 	for range 2 {
 		stopServer(srv.Server)
-		time.Sleep(600 * time.Millisecond) // one dies meanwhile
+		time.Sleep(life + 100*time.Millisecond) // one dies meanwhile
 		srv.start(t)
 		patiently(t, func() error { return writer.Put("k.1", []byte("after"), 0) })
 		require.NoError(t, writer.Delete("k.2"))

@@ -143,6 +143,9 @@ func TestKeysWithHistory(t *testing.T) {
 			_, err = js.UpdateStream(t.Context(), config)
 			require.NoError(t, err)
 			for pattern, want := range map[string][]string{"k.*": want, "*": append(slices.Clone(want), "other")} {
+				created, err := near.data.nc.SubscribeSync("$JS.API.CONSUMER.CREATE.KV_" + cfg.Bucket + ".>")
+				require.NoError(t, err)
+				require.NoError(t, near.data.nc.Flush())
 				listed := make(chan struct{})
 				go func() {
 					defer close(listed)
@@ -150,8 +153,16 @@ func TestKeysWithHistory(t *testing.T) {
 					assert.NoError(t, err)
 					assert.Equal(t, want, got)
 				}()
-				// The listing has its consumer, and does not have its messages yet.
+				// The listing has its consumer, and does not have its messages yet, unless
+				// the machine is too slow to notice.
+				_, err = created.NextMsg(20 * time.Second)
+				require.NoError(t, err)
 				eventually(t, func() bool {
+					select {
+					case <-listed:
+						return true
+					default:
+					}
 					info, err := stream.Info(t.Context())
 					return err == nil && info.State.Consumers > 0
 				}, "a consumer")
@@ -223,6 +234,34 @@ func relay(t *testing.T, srv *server.Server, pass func(nc *nats.Conn, msg *nats.
 	})
 	require.NoError(t, err)
 	require.NoError(t, nc.Flush())
+}
+
+// TestListingBehindTheLeader: the server of a listing's consumer can lag behind the
+// leader, and have nothing to deliver of what the leader has. The listing asks again.
+func TestListingBehindTheLeader(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster")
+	}
+	t.Parallel()
+	srv := startCluster(t).servers[0]
+	var late atomic.Int64
+	relay(t, srv, func(nc *nats.Conn, msg *nats.Msg) {
+		if strings.HasPrefix(msg.Subject, "$JS.API.CONSUMER.MSG.NEXT.") && late.Add(-1) >= 0 {
+			nothing := nats.Header{"Status": {"404"}, "Description": {"No Messages"}}
+			msg = &nats.Msg{Subject: msg.Reply, Header: nothing}
+		}
+		_ = nc.PublishMsg(msg)
+	})
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b", Replicas: 3, APIPrefix: "through"})
+	want := []string{"k.1", "k.2", "k.3"}
+	for _, key := range want {
+		require.NoError(t, s.Put(key, nil, 0))
+	}
+	late.Store(3)
+	keys, err := s.Keys("k.*")
+	require.NoError(t, err)
+	assert.Equal(t, want, keys)
+	assert.Negative(t, late.Load())
 }
 
 // TestListingOnAStoppingServer: a server that is stopping can answer that it has made

@@ -249,18 +249,18 @@ func TestMaxBytes(t *testing.T) {
 func TestMaxAgeBucket(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t, nil).ClientURL())
-	_, err := newJetStream(t, nc).CreateKeyValue(context.Background(), jetstream.KeyValueConfig{Bucket: "b", TTL: time.Second})
+	_, err := newJetStream(t, nc).CreateKeyValue(context.Background(), jetstream.KeyValueConfig{Bucket: "b", TTL: 4 * time.Second})
 	require.NoError(t, err)
 	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
 	events := mustWatch(t, s, "*")
-	for _, ttl := range []time.Duration{0, time.Hour, 500 * time.Millisecond} {
+	for _, ttl := range []time.Duration{0, time.Hour, 2 * time.Second} {
 		require.NoError(t, s.Put(fmt.Sprintf("k.%v", ttl), nil, ttl))
 	}
 	var deadlines []time.Time
 	for range 3 {
-		deadlines = append(deadlines, receive(t, events).Modified.Add(time.Second))
+		deadlines = append(deadlines, receive(t, events).Modified.Add(4*time.Second))
 	}
-	assert.Equal(t, "delete k.500ms", brief(receive(t, events)))
+	assert.Equal(t, "delete k.2s", brief(receive(t, events)))
 	for i, key := range []string{"k.0s", "k.1h0m0s"} {
 		kv := receive(t, events)
 		assert.Equal(t, "delete "+key, brief(kv))

@@ -618,6 +618,11 @@ func await[T any](w *waiter, arrivals <-chan T) (arrival T, err error) {
 			}
 			switch w.check() {
 			case giveUp:
+				select {
+				case arrival := <-arrivals:
+					return arrival, nil // it came at the last moment
+				default:
+				}
 				w.r.resubscribe()
 				return arrival, w.r.explain(errNoAnswer, w.msg.Subject)
 			case repeatNow:

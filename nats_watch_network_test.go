@@ -590,7 +590,7 @@ func TestFlappingConnectionLeavesNoConsumers(t *testing.T) {
 	atMost := func(most int, life, after time.Duration) {
 		assert.True(t, within(after, func() bool { return left(life) <= most }), "%d consumers are left for one pattern", left(life))
 	}
-	atMost(cuts/2, listLife, watchLife-2*time.Second)
+	atMost(cuts/2, listLife, 3*time.Second)
 	atMost(1, watchLife, 3*watchLife)
 	atMost(1, listLife, 3*listLife) // those of listings, too
 	require.NoError(t, s.Close())
