@@ -368,31 +368,43 @@ func TestHolderAmongWaiters(t *testing.T) {
 	srv := startServer(t, nil)
 	nc, _ := connectAt(t, srv.ClientURL(), distance{rtt: 10 * time.Millisecond})
 	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
+	// A machine that stops for a moment can cost a holder its lease once.
+	kept := false
+	for round := 0; round < 3 && !kept; round++ {
+		kept = holdAmongWaiters(t, s, fmt.Sprintf("l.%d", round))
+	}
+	assert.True(t, kept, "the lease was lost each time")
+}
+
+// holdAmongWaiters holds a lock while 200 wait for it, and reports whether the lease
+// lasted.
+func holdAmongWaiters(t *testing.T, s Store, lock string) (kept bool) {
+	const ttl = 2 * time.Second
 	waiting, stop := context.WithCancel(context.Background())
 	var waiters sync.WaitGroup
 	defer waiters.Wait()
 	defer stop()
-	withLongerTTL(t, 2*time.Second, func(ttl time.Duration) (kept bool) {
-		lock := "l-" + ttl.String()
-		err := WithLock(context.Background(), s, lock, ttl, func(ctx context.Context, _ uint64) error {
-			for range 200 {
-				waiters.Go(func() {
-					_ = WithLock(waiting, s, lock, ttl, func(context.Context, uint64) error { return nil })
-				})
-			}
-			select {
-			case <-ctx.Done():
-			case <-time.After(10 * time.Second):
-				kept = true
-			}
-			return nil
-		})
-		if !kept {
-			refuses(t, ErrLockExpired, err)
-			return false
+	err := WithLock(context.Background(), s, lock, ttl, func(ctx context.Context, _ uint64) error {
+		for range 200 {
+			waiters.Go(func() {
+				_ = WithLock(waiting, s, lock, ttl, func(context.Context, uint64) error { return nil })
+			})
 		}
-		return assert.NoError(t, err)
+		began := time.Now()
+		select {
+		case <-ctx.Done():
+			t.Logf("the lease was lost after %v: %v", time.Since(began), context.Cause(ctx))
+		case <-time.After(10 * time.Second):
+			kept = true
+		}
+		return nil
 	})
+	if kept {
+		require.NoError(t, err)
+	} else {
+		require.Error(t, err)
+	}
+	return kept
 }
 
 // TestWaitersDoNotGiveUp: whoever waits for a lock waits until its context ends.

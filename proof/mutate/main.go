@@ -394,7 +394,7 @@ var mutations = []mutation{
 	{"watch-forgets-expiries", []edit{
 		{"		default:\n			f.reportDeletion(t, t.revision, t.deadline)\n", "		default:\n			delete(f.alive, t.key)\n"},
 		{"		d.removeLocked(it, it.revision, it.deadline)\n", "		delete(d.items, it.key)\n		d.keys.remove(it.key)\n"},
-	}, []string{"memory-model", "nats-model", inMemory, oneServer}},
+	}, []string{"memory-model", inMemory, oneServer}},
 	{"watch-forgets-what-it-missed", []edit{
 		{"from: cursor + 1, batch", "from: a.info.State.LastSeq + 1, batch"},
 	}, []string{"load one-server-clients-cut"}},
