@@ -513,7 +513,7 @@ var cacheCases = []conformanceCase{
 		require.False(t, c.AsOf().Before(began.Add(-time.Millisecond)), "NewCache returns once the cache is complete")
 		stop := churn(t, "k.beside.", 10, dial())
 		defer stop()
-		last := c.AsOf()
+		last, freshest := c.AsOf(), time.Hour
 		for i := range 4 {
 			for n := range 20 {
 				require.NoError(t, a.Put(fmt.Sprintf("k.%d", n), fmt.Append(nil, i), 0))
@@ -523,15 +523,15 @@ var cacheCases = []conformanceCase{
 			}
 			require.NoError(t, a.Put(fmt.Sprintf("k.gone.%d", i), nil, 0))
 			acknowledged := time.Now()
-			age := time.Hour // on a busy machine it is older now and then
+			oldest := time.Duration(0)
 			eventually(t, func() bool {
 				asOf := c.AsOf()
 				assert.False(t, asOf.Before(last), "it goes back")
-				age = min(age, time.Since(asOf))
+				oldest = max(oldest, time.Since(asOf))
 				last = asOf
 				return asOf.After(acknowledged)
 			}, "AsOf advances")
-			assert.Less(t, age, 4*time.Second)
+			freshest = min(freshest, oldest)
 			for n := range 20 {
 				value, err := c.Get(fmt.Sprintf("k.%d", n))
 				require.NoError(t, err)
@@ -541,6 +541,7 @@ var cacheCases = []conformanceCase{
 			require.NoError(t, err)
 			require.Equal(t, []string{fmt.Sprintf("k.gone.%d", i)}, gone)
 		}
+		assert.Less(t, freshest, 4*time.Second, "in the best round; on a busy machine it is older now and then")
 	}},
 	{"cache-adds-up", "beside writers, deletions and expiries the cache comes to exactly what the store holds", func(t *testing.T, dial func() Store) {
 		reader := dial()

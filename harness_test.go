@@ -222,7 +222,7 @@ type process struct {
 	cmd      *exec.Cmd
 }
 
-var serverDir string // which TestMain removes
+var serverDir string // TestMain removes it
 
 var serverBinary = sync.OnceValues(func() (string, error) {
 	var err error

@@ -157,6 +157,7 @@ func TestKeysWithHistory(t *testing.T) {
 				// the machine is too slow to notice.
 				_, err = created.NextMsg(20 * time.Second)
 				require.NoError(t, err)
+				require.NoError(t, created.Unsubscribe())
 				eventually(t, func() bool {
 					select {
 					case <-listed:

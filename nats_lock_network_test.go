@@ -796,7 +796,7 @@ func TestReadsAfterALeadersDeath(t *testing.T) {
 	wg.Go(func() { write = recovery(func() error { return writer.Put("k", nil, 0) }) })
 	for i, s := range readers {
 		wg.Go(func() {
-			time.Sleep(time.Duration(i) * 200 * time.Millisecond) // they are not in step
+			time.Sleep(time.Duration(i) * 400 * time.Millisecond) // all phases of a read
 			reads[i] = recovery(func() error { _, err := s.Get("k"); return err })
 		})
 	}

@@ -124,6 +124,7 @@ func TestWithLockOutlivesRestart(t *testing.T) {
 		})
 	}()
 	token := <-started
+	began := time.Now()
 	for range 2 {
 		time.Sleep(800 * time.Millisecond)
 		stopServer(srv.Server)
@@ -131,7 +132,7 @@ func TestWithLockOutlivesRestart(t *testing.T) {
 		srv.start(t)
 	}
 	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
-	for range 20 {
+	for time.Since(began) < 9*time.Second { // one lease and a half
 		_, err := other.Lock("l", time.Minute)
 		refuses(t, ErrLockHeld, err)
 		time.Sleep(100 * time.Millisecond)

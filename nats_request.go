@@ -611,36 +611,41 @@ func await[T any](w *waiter, arrivals <-chan T) (arrival T, err error) {
 		case arrival := <-arrivals:
 			return arrival, nil
 		case <-w.timer.C:
-			if w.unique {
-				if refusal := w.r.refusal(w.msg.Subject); refusal != nil {
-					return arrival, fmt.Errorf("%s: %w", w.msg.Subject, refusal)
-				}
-			}
-			switch w.check() {
-			case giveUp:
-				select {
-				case arrival := <-arrivals:
-					return arrival, nil // it came at the last moment
-				default:
-				}
-				w.r.resubscribe()
-				return arrival, w.r.explain(errNoAnswer, w.msg.Subject)
-			case repeatNow:
-				if w.r.publish(w.msg) == nil {
-					w.copies++
-				}
-			}
-			w.timer.Reset(checkInterval)
 		case <-w.epoch.over:
+		case <-w.budget.ctx.Done():
+		case <-w.r.life.Done():
+		}
+		select {
+		case arrival := <-arrivals:
+			return arrival, nil // it is here, whatever else has happened
+		default:
+		}
+		switch {
+		case w.r.life.Err() != nil:
+			return arrival, ErrClosed
+		case w.budget.ctx.Err() != nil:
+			return arrival, w.budget.ctx.Err()
+		case w.r.currentEpoch() != w.epoch:
 			if w.r.isClosed() {
 				return arrival, errConnectionClosed
 			}
 			return arrival, nats.ErrDisconnected
-		case <-w.budget.ctx.Done():
-			return arrival, w.budget.ctx.Err()
-		case <-w.r.life.Done():
-			return arrival, ErrClosed
 		}
+		if w.unique {
+			if refusal := w.r.refusal(w.msg.Subject); refusal != nil {
+				return arrival, fmt.Errorf("%s: %w", w.msg.Subject, refusal)
+			}
+		}
+		switch w.check() {
+		case giveUp:
+			w.r.resubscribe()
+			return arrival, w.r.explain(errNoAnswer, w.msg.Subject)
+		case repeatNow:
+			if w.r.publish(w.msg) == nil {
+				w.copies++
+			}
+		}
+		w.timer.Reset(checkInterval)
 	}
 }
 

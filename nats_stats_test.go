@@ -222,7 +222,8 @@ func contextOnAStalledLink(t *testing.T, up bool) {
 	if !up {
 		dialling(t, s, p)
 	}
-	const late = time.Second // on a busy machine; a dial takes two
+	// A busy machine is late now and then; a dial takes two seconds.
+	late := map[bool]time.Duration{true: 250 * time.Millisecond, false: 1500 * time.Millisecond}[up]
 	revision := uint64(1)
 	type call struct {
 		writes bool
@@ -241,35 +242,43 @@ func contextOnAStalledLink(t *testing.T, up bool) {
 		"delete":  {true, func(s Store) error { return s.DeleteRevision("k", revision) }},
 	}
 	for name, c := range calls {
-		ctx, cancel := context.WithCancel(context.Background())
-		done := make(chan error, 1)
-		before := s.Stats().Requests
-		go func() { done <- c.f(s.WithContext(ctx)) }()
-		if up {
-			eventually(t, func() bool { return s.Stats().Requests > before }, "a request")
+		soonest := time.Hour
+		for try := 0; try < 3 && soonest >= late; try++ {
+			ctx, cancel := context.WithCancel(context.Background())
+			done := make(chan error, 1)
+			before := s.Stats().Requests
+			go func() { done <- c.f(s.WithContext(ctx)) }()
+			if up {
+				eventually(t, func() bool { return s.Stats().Requests > before }, "a request")
+			}
+			time.Sleep(50 * time.Millisecond)
+			cancelled := time.Now()
+			cancel()
+			err := <-done
+			soonest = min(soonest, time.Since(cancelled))
+			assert.ErrorIs(t, err, context.Canceled, name)
+			assert.Equal(t, up && c.writes, err != nil && strings.Contains(err.Error(), ErrOutcomeUnknown.Error()), "%s: %v", name, err)
 		}
-		time.Sleep(50 * time.Millisecond)
-		cancelled := time.Now()
-		cancel()
-		err := <-done
-		assert.Less(t, time.Since(cancelled), late, name)
-		assert.ErrorIs(t, err, context.Canceled, name)
-		assert.Equal(t, up && c.writes, err != nil && strings.Contains(err.Error(), ErrOutcomeUnknown.Error()), "%s: %v", name, err)
+		assert.Less(t, soonest, late, name)
 	}
 	for name, f := range map[string]func(ctx context.Context) error{
 		"follow":  func(ctx context.Context) error { _, _, err := Follow(ctx, s, "f.*"); return err },
 		"cache":   func(ctx context.Context) error { _, err := NewCache(ctx, s, "c.*"); return err },
 		"acquire": func(ctx context.Context) error { _, err := Acquire(ctx, s, "l", time.Minute); return err },
 	} {
-		ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
-		began := time.Now()
-		assert.ErrorIs(t, f(ctx), context.DeadlineExceeded, name)
-		assert.Less(t, time.Since(began), 50*time.Millisecond+late, name)
-		cancel()
+		soonest := time.Hour
+		for try := 0; try < 3 && soonest >= 50*time.Millisecond+late; try++ {
+			ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+			began := time.Now()
+			assert.ErrorIs(t, f(ctx), context.DeadlineExceeded, name)
+			soonest = min(soonest, time.Since(began))
+			cancel()
+		}
+		assert.Less(t, soonest, 50*time.Millisecond+late, name)
 	}
 
-	// A hundred calls are a hundred goroutines: their callers'. Other tests start some
-	// at times.
+	// A hundred calls are a hundred goroutines: their callers'. Other tests start and
+	// end some at times.
 	fewest := math.MaxInt
 	for round := 0; round < 10 && fewest >= 150; round++ {
 		before := runtime.NumGoroutine()
@@ -279,9 +288,12 @@ func contextOnAStalledLink(t *testing.T, up bool) {
 			wg.Go(func() { _, err := s.WithContext(ctx).Get("k"); assert.ErrorIs(t, err, context.Canceled) })
 		}
 		time.Sleep(100 * time.Millisecond)
-		fewest = min(fewest, runtime.NumGoroutine()-before)
+		meanwhile := runtime.NumGoroutine() - before
 		cancel()
 		wg.Wait()
+		if runtime.NumGoroutine() >= before-20 {
+			fewest = min(fewest, meanwhile)
+		}
 	}
 	assert.Less(t, fewest, 150)
 	p.resume()
@@ -289,17 +301,27 @@ func contextOnAStalledLink(t *testing.T, up bool) {
 }
 
 // TestAnswerAtTheLastMoment: an answer that is there counts, though the time for it is
-// up.
+// up, its context has ended or the connection is lost.
 func TestAnswerAtTheLastMoment(t *testing.T) {
 	t.Parallel()
 	s := openStore(t, NATSStoreConfig{Conn: connect(t, startServer(t, nil).ClientURL()), Bucket: "b"})
-	budget := newBudget(t.Context())
-	budget.begun = time.Now().Add(-opLimit)
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	over := newEpoch(nats.CONNECTED)
+	close(over.over)
 	answers := make(chan *nats.Msg, 1)
-	for range 50 { // select takes either
-		timer := time.NewTimer(time.Hour)
-		w := newWaiter(s.data.requester, budget, s.data.currentEpoch(), &nats.Msg{Subject: "s"}, once, timer)
-		timer.Reset(0)
+	for i := range 150 { // select takes either
+		budget, e, timer := newBudget(t.Context()), s.data.currentEpoch(), time.NewTimer(time.Hour)
+		w := newWaiter(s.data.requester, budget, e, &nats.Msg{Subject: "s"}, once, timer)
+		switch i % 3 {
+		case 0:
+			budget.begun = time.Now().Add(-opLimit)
+			timer.Reset(0)
+		case 1:
+			budget.ctx = ended
+		case 2:
+			w.epoch = over
+		}
 		answers <- &nats.Msg{}
 		_, err := await(&w, answers)
 		require.NoError(t, err)

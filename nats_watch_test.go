@@ -775,11 +775,15 @@ func TestExpiriesOnReplicas(t *testing.T) {
 		require.Zero(t, expire(t, jetstream.KeyValueConfig{Bucket: "markers", LimitMarkerTTL: time.Hour}, time.Second, nothing))
 	})
 	t.Run("full", func(t *testing.T) {
-		// It is asked by what is never stored, which shows writes under way; not by reads.
+		// The watches ask with probes, which are never stored and show writes under way.
+		// Reads do not show these.
 		var probes atomic.Int64
-		_, err := js.Conn().Subscribe("$KV.full.:probe", func(*nats.Msg) { probes.Add(1) })
+		sub, err := js.Conn().Subscribe("$KV.full.:probe", func(*nats.Msg) { probes.Add(1) })
 		require.NoError(t, err)
-		defer func() { assert.GreaterOrEqual(t, probes.Load(), int64(keys)) }()
+		defer func() {
+			eventually(t, func() bool { return probes.Load() >= keys }, "a probe for each key")
+			assert.NoError(t, sub.Unsubscribe())
+		}()
 		require.Zero(t, expire(t, jetstream.KeyValueConfig{Bucket: "full", MaxBytes: 64 << 10}, 3*time.Second, func(s *NATSStore) (written int) {
 			for size, i := 4096, 0; size > 0; i++ {
 				if err := s.Put(fmt.Sprintf("more.%d", i), make([]byte, size), 0); err == ErrStoreFull {

@@ -701,9 +701,14 @@ func testModel(t *testing.T, servers int, both bool) {
 						clients = append(clients, s)
 					}
 					if servers > 1 { // making the bucket of locks takes longer than a deadline allows
-						if lock, err := clients[0].Lock("first", time.Minute); err != nil || lock.Unlock() != nil {
-							inconclusive.Add(1)
-							return
+						if err := eventually(20*time.Second, func() error {
+							lock, err := clients[0].Lock("first", time.Minute)
+							if err == nil {
+								err = lock.Unlock()
+							}
+							return err
+						}); err != nil {
+							rt.Fatal(err)
 						}
 					}
 					m := newMachine(false, clients...)

@@ -344,7 +344,14 @@ func (sc scenario) work(t *testing.T, l *load, f *trouble, d time.Duration) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	var wg sync.WaitGroup
+	var wg, faults sync.WaitGroup
+	if sc.fault != nil {
+		// A server that stands still can hold a write which nobody waits for any more.
+		l.calm = func() {
+			faults.Wait()
+			time.Sleep(l.late)
+		}
+	}
 	err := l.run(ctx, func() {
 		time.AfterFunc(d, cancel)
 		if sc.beside != nil {
@@ -353,7 +360,7 @@ func (sc scenario) work(t *testing.T, l *load, f *trouble, d time.Duration) {
 		if sc.fault == nil {
 			return
 		}
-		wg.Go(func() {
+		faults.Go(func() {
 			sleep(ctx, time.Second)
 			for ctx.Err() == nil {
 				sc.fault(ctx, f)
@@ -362,6 +369,7 @@ func (sc scenario) work(t *testing.T, l *load, f *trouble, d time.Duration) {
 		})
 	})
 	wg.Wait()
+	faults.Wait()
 	if err != nil {
 		t.Errorf("%s: %v", sc.name, err)
 	}

@@ -3,6 +3,7 @@ package proof
 import (
 	"context"
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 
@@ -123,6 +124,7 @@ func TestIsolatedLeader(t *testing.T) {
 	held := make(chan error, 1)
 	wrote := make(chan time.Time, 1)
 	var inTime bool // the key was refreshed before it ended
+	var found string
 	go func() {
 		for {
 			if err := outside.Put("k", []byte("new"), 0); err == nil {
@@ -137,7 +139,7 @@ func TestIsolatedLeader(t *testing.T) {
 		}
 		entry, err := outside.GetKeyValue(agent)
 		if inTime = err == nil && !entry.Created.Equal(entry.Modified); !inTime {
-			t.Logf("the election took too long to refresh the key: %v, %v", entry, err)
+			found = fmt.Sprintf("%+v, %v", entry, err)
 			if err := eventually(20*time.Second, func() error { return outside.Put(agent, []byte("written anew"), 2*time.Minute) }); err != nil {
 				held <- err
 				return
@@ -198,6 +200,9 @@ func TestIsolatedLeader(t *testing.T) {
 				break
 			}
 		}
+	}
+	if !inTime {
+		t.Skipf("the election took too long to refresh the key, so nothing was shown of expiries: %s", found)
 	}
 }
 

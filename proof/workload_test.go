@@ -161,8 +161,8 @@ func (l *load) measureLag(ctx context.Context) {
 	l.asleep.Store(never)
 }
 
-// overslept returns for how much longer than it should the sleep of measureLag that
-// is under way has gone on.
+// overslept returns how much longer than lagStep the present sleep of measureLag has
+// lasted.
 func (l *load) overslept() int64 { return l.now() - l.asleep.Load() - int64(lagStep) }
 
 // slack is how much later than promised something may be, as far as the

@@ -435,7 +435,7 @@ var mutations = []mutation{
 	{"a-cache-that-is-always-new", []edit{{"	return c.reached.asOf\n", "	return time.Now()\n"}}, []string{oneServer, "load one-server-far"}},
 
 	// What readers found.
-	{"an-answer-at-the-end-is-lost", []edit{{"				case arrival := <-arrivals:\n					return arrival, nil // it came at the last moment\n", ""}}, []string{"last-moment"}},
+	{"an-answer-at-the-end-is-lost", []edit{{"		case arrival := <-arrivals:\n			return arrival, nil // it is here, whatever else has happened\n", ""}}, []string{"last-moment"}},
 	{"calls-wait-while-the-library-dials", []edit{{"	if e.status != nats.CONNECTED {\n		return e, e.status\n	}\n", ""}}, []string{"stalled-link"}},
 	{"created-by-an-old-clock", []edit{{"	old := e.age > oldSample\n", "	old := e.age < 0\n"}}, []string{"old-clock"}},
 	{"a-clock-that-writes-do-not-renew", []edit{{"	if b.readClock().age > renewSample {\n", "	if false {\n"}}, []string{"old-clock"}},
