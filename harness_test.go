@@ -113,6 +113,15 @@ func openStore(t testing.TB, cfg NATSStoreConfig) *NATSStore {
 	return s
 }
 
+// placed makes a stream on several servers. A busy one can seem to be offline to the
+// others for a moment.
+func placed(t testing.TB, create func() error) {
+	t.Helper()
+	var err error
+	eventually(t, func() bool { err = create(); return apiCode(err) != codeNoPeers }, "a place for it")
+	require.NoError(t, err)
+}
+
 // A cluster is three servers with JetStream in this process.
 type cluster struct {
 	servers []*server.Server

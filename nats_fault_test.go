@@ -687,10 +687,12 @@ func TestReplacedBesideMarkers(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t)
 	ctx := context.Background()
-	kv, err := newJetStream(t, connect(t, c.servers[0].ClientURL())).CreateKeyValue(ctx, jetstream.KeyValueConfig{
-		Bucket: "b", Replicas: 3, LimitMarkerTTL: time.Minute,
+	js := newJetStream(t, connect(t, c.servers[0].ClientURL()))
+	var kv jetstream.KeyValue
+	placed(t, func() (err error) {
+		kv, err = js.CreateKeyValue(ctx, jetstream.KeyValueConfig{Bucket: "b", Replicas: 3, LimitMarkerTTL: time.Minute})
+		return err
 	})
-	require.NoError(t, err)
 	var stores []*NATSStore
 	for _, srv := range c.servers {
 		stores = append(stores, openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"}))

@@ -54,14 +54,16 @@ func onReplicasOf(t *testing.T, test func(t *testing.T, nc *nats.Conn, replicas 
 func TestFullBucket(t *testing.T) {
 	t.Parallel()
 	onReplicasOf(t, func(t *testing.T, nc *nats.Conn, replicas int) {
-		_, err := newJetStream(t, nc).CreateKeyValue(context.Background(), jetstream.KeyValueConfig{
-			Bucket: "b", MaxBytes: 16 << 10, Replicas: replicas,
+		placed(t, func() error {
+			_, err := newJetStream(t, nc).CreateKeyValue(context.Background(), jetstream.KeyValueConfig{
+				Bucket: "b", MaxBytes: 16 << 10, Replicas: replicas,
+			})
+			return err
 		})
-		require.NoError(t, err)
 		s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
 		other := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"}) // knows nothing of the keys
 		keys := fillUp(t, s, []byte(strings.Repeat("v", 60)))
-		_, err = s.Update("new", []byte(strings.Repeat("v", 60)), 0, 0)
+		_, err := s.Update("new", []byte(strings.Repeat("v", 60)), 0, 0)
 		refuses(t, ErrStoreFull, err)
 		refuses(t, ErrStoreFull, s.Put("new", []byte(strings.Repeat("v", 60)), time.Hour))
 		if replicas == 1 {

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -168,12 +170,48 @@ func TestBindLeavesWhatTheOperatorSet(t *testing.T) {
 	assert.Equal(t, before, configOf(t, nc, "KV_b"))
 }
 
+// TestOpenWhilePeersSeemOffline: a bucket is made once the servers for it are there.
+// What else is in the way of it is said at once.
+func TestOpenWhilePeersSeemOffline(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	var offline, asked atomic.Int64
+	relay(t, srv, func(nc *nats.Conn, msg *nats.Msg) {
+		if strings.HasPrefix(msg.Subject, "$JS.API.STREAM.CREATE.") {
+			asked.Add(1)
+			if offline.Add(-1) >= 0 {
+				reason := "peer offline"
+				if strings.HasSuffix(msg.Subject, ".KV_another") {
+					reason = "insufficient storage"
+				}
+				refusal := `{"error":{"code":400,"err_code":10005,"description":"no suitable peers for placement, ` + reason + `"}}`
+				_ = nc.Publish(msg.Reply, []byte(refusal))
+				return
+			}
+		}
+		_ = nc.PublishMsg(msg)
+	})
+	nc := connect(t, srv.ClientURL())
+	offline.Store(3)
+	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b", APIPrefix: "through"})
+	offline.Store(3)
+	lockOf(t, s, "l")
+	assert.EqualValues(t, 8, asked.Load())
+
+	offline.Store(3)
+	_, err := NewNATSStore(NATSStoreConfig{Conn: nc, Bucket: "another", APIPrefix: "through"})
+	require.ErrorContains(t, err, "insufficient storage")
+	assert.EqualValues(t, 9, asked.Load())
+}
+
 func TestBindLeavesReplicas(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t)
 	nc := connect(t, c.servers[0].ClientURL())
-	_, err := newJetStream(t, nc).CreateKeyValue(context.Background(), jetstream.KeyValueConfig{Bucket: "b", Replicas: 3, Storage: jetstream.MemoryStorage})
-	require.NoError(t, err)
+	placed(t, func() error {
+		_, err := newJetStream(t, nc).CreateKeyValue(context.Background(), jetstream.KeyValueConfig{Bucket: "b", Replicas: 3, Storage: jetstream.MemoryStorage})
+		return err
+	})
 	for _, replicas := range []int{0, 1} {
 		s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b", Replicas: replicas})
 		require.NoError(t, s.Put("k", nil, time.Minute))

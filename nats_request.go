@@ -44,6 +44,7 @@ const (
 
 // The error codes of the JetStream API that mean something to us.
 const (
+	codeNoPeers        jetstream.ErrorCode = 10005
 	codeMaxConsumers   jetstream.ErrorCode = 10026
 	codeUnavailable    jetstream.ErrorCode = 10008
 	codeNoMessage      jetstream.ErrorCode = 10037
@@ -82,6 +83,8 @@ func passing(err error) bool {
 	switch apiCode(err) {
 	case codeUnavailable, codeTooManyPending, codeOffline, codeStreamOffline:
 		return true
+	case codeNoPeers: // a busy server seems to be offline for a moment
+		return strings.Contains(err.Error(), "offline")
 	}
 	return errors.Is(err, nats.ErrNoResponders) || errors.Is(err, nats.ErrDisconnected)
 }

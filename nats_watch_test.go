@@ -691,14 +691,14 @@ func TestExpiriesOnReplicas(t *testing.T) {
 	// the keys and those that end wrote, whose number end returns.
 	expire := func(t *testing.T, config jetstream.KeyValueConfig, ttl time.Duration, end func(*NATSStore) int) (messages int) {
 		config.Replicas = 3
-		_, err := js.CreateKeyValue(ctx, config)
-		require.NoError(t, err)
+		placed(t, func() error { _, err := js.CreateKeyValue(ctx, config); return err })
 		var stores []*NATSStore
 		var watches []*observer
 		for _, srv := range c.servers {
 			s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: config.Bucket})
 			stores, watches = append(stores, s), append(watches, observe(mustWatch(t, s, "k.*")))
 		}
+		var err error
 		revisions := make(map[string]uint64)
 		for i := range keys {
 			revisions[name(i)], err = stores[0].Update(name(i), []byte("v"), ttl, 0)
@@ -780,10 +780,7 @@ func TestExpiriesOnReplicas(t *testing.T) {
 		var probes atomic.Int64
 		sub, err := js.Conn().Subscribe("$KV.full.:probe", func(*nats.Msg) { probes.Add(1) })
 		require.NoError(t, err)
-		defer func() {
-			eventually(t, func() bool { return probes.Load() >= keys }, "a probe for each key")
-			assert.NoError(t, sub.Unsubscribe())
-		}()
+		defer func() { assert.NoError(t, sub.Unsubscribe()) }()
 		require.Zero(t, expire(t, jetstream.KeyValueConfig{Bucket: "full", MaxBytes: 64 << 10}, 3*time.Second, func(s *NATSStore) (written int) {
 			for size, i := 4096, 0; size > 0; i++ {
 				if err := s.Put(fmt.Sprintf("more.%d", i), make([]byte, size), 0); err == ErrStoreFull {
@@ -795,6 +792,7 @@ func TestExpiriesOnReplicas(t *testing.T) {
 			}
 			return written
 		}))
+		eventually(t, func() bool { return probes.Load() >= keys }, "a probe for each key")
 	})
 }
 

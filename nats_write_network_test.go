@@ -366,8 +366,7 @@ func TestReadsWhileReplicasAreAdded(t *testing.T) {
 	}
 	config := stream.CachedInfo().Config
 	config.Replicas = 3
-	_, err = js.UpdateStream(context.Background(), config)
-	require.NoError(t, err)
+	placed(t, func() error { _, err := js.UpdateStream(context.Background(), config); return err })
 	for end := time.Now().Add(30 * time.Second); grown.IsZero() || time.Since(grown) < settingsLife+4*time.Second; n++ {
 		require.True(t, time.Now().Before(end), "the bucket does not grow")
 		check(n)

@@ -45,6 +45,7 @@ var suite = map[string]string{
 	"replicated-reads": ". -run ^TestReplicatedReads$",
 	"lost-answer":      ". -run ^TestLostAnswer$",
 	"unseen":           ". -run ^TestDeletionOfTheUnseen$",
+	"seem-offline":     ". -run ^TestOpenWhilePeersSeemOffline$",
 	"last-moment":      ". -run ^TestAnswerAtTheLastMoment$",
 	"settings-log":     ". -run ^TestLogOfChangedSettings$",
 	"more-replicas":    ". -run ^TestReadsWhileReplicasAreAdded$",
@@ -366,8 +367,11 @@ var mutations = []mutation{
 	}, []string{"stalled"}},
 	{"data-among-locks", []edit{{"	case strings.HasSuffix(cfg.Bucket, locksSuffix):\n", "	case false:\n"}}, []string{"bucket-of-locks"}},
 	{"reads-repeat-late", []edit{{"now.Sub(w.sent) >= repeatInterval && quiet", "now.Sub(w.sent) >= min(repeatInterval<<(w.copies-1), 2*time.Second) && quiet"}}, []string{"between-leaders"}},
-	{"calls-outlive-close", []edit{{"		case <-w.r.life.Done():\n			return arrival, ErrClosed\n", ""}}, []string{"close-stalled"}},
-	{"answers-unheard-for-good", []edit{{"				w.r.resubscribe()\n				return arrival", "				return arrival"}}, []string{"revoked"}},
+	{"calls-outlive-close", []edit{
+		{"		case <-w.r.life.Done():\n		}\n		select {\n", "		}\n		select {\n"},
+		{"		case w.r.life.Err() != nil:\n			return arrival, ErrClosed\n", ""},
+	}, []string{"close-stalled"}},
+	{"answers-unheard-for-good", []edit{{"			w.r.resubscribe()\n			return arrival", "			return arrival"}}, []string{"revoked"}},
 
 	// Watches, Follow and Cache.
 	{"deaths-wait-for-silence", []edit{
@@ -435,6 +439,7 @@ var mutations = []mutation{
 	{"a-cache-that-is-always-new", []edit{{"	return c.reached.asOf\n", "	return time.Now()\n"}}, []string{oneServer, "load one-server-far"}},
 
 	// What readers found.
+	{"offline-for-a-moment-is-final", []edit{{"		return strings.Contains(err.Error(), \"offline\")\n", "		return false && strings.Contains(err.Error(), \"offline\")\n"}}, []string{"seem-offline"}},
 	{"an-answer-at-the-end-is-lost", []edit{{"		case arrival := <-arrivals:\n			return arrival, nil // it is here, whatever else has happened\n", ""}}, []string{"last-moment"}},
 	{"calls-wait-while-the-library-dials", []edit{{"	if e.status != nats.CONNECTED {\n		return e, e.status\n	}\n", ""}}, []string{"stalled-link"}},
 	{"created-by-an-old-clock", []edit{{"	old := e.age > oldSample\n", "	old := e.age < 0\n"}}, []string{"old-clock"}},
