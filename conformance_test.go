@@ -118,6 +118,16 @@ func withLongerTTL(t *testing.T, ttl time.Duration, round func(ttl time.Duration
 	}
 }
 
+// soonest returns the shortest of several rounds. It makes no more than it needs to be
+// within a limit, and n at most: a busy machine is late now and then.
+func soonest(n int, limit time.Duration, round func(n int) time.Duration) time.Duration {
+	best := round(0)
+	for i := 1; i < n && best >= limit; i++ {
+		best = min(best, round(i))
+	}
+	return best
+}
+
 // refusedOrLapsed requires that another client is refused a lock, unless its lease
 // has lapsed, and reports which it is.
 func refusedOrLapsed(t *testing.T, other Store, l Lock) (refused bool) {

@@ -113,8 +113,8 @@ func openStore(t testing.TB, cfg NATSStoreConfig) *NATSStore {
 	return s
 }
 
-// placed makes a stream on several servers. A busy one can seem to be offline to the
-// others for a moment.
+// placed makes a stream on several servers. A busy one can briefly seem to be offline
+// to the others.
 func placed(t testing.TB, create func() error) {
 	t.Helper()
 	var err error

@@ -368,7 +368,7 @@ func TestHolderAmongWaiters(t *testing.T) {
 	srv := startServer(t, nil)
 	nc, _ := connectAt(t, srv.ClientURL(), distance{rtt: 10 * time.Millisecond})
 	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
-	// A machine that stops for a moment can cost a holder its lease once.
+	// A machine that stops briefly can cost a holder its lease once.
 	kept := false
 	for round := 0; round < 3 && !kept; round++ {
 		kept = holdAmongWaiters(t, s, fmt.Sprintf("l.%d", round))

@@ -83,7 +83,7 @@ func passing(err error) bool {
 	switch apiCode(err) {
 	case codeUnavailable, codeTooManyPending, codeOffline, codeStreamOffline:
 		return true
-	case codeNoPeers: // a busy server seems to be offline for a moment
+	case codeNoPeers: // a busy server can briefly seem to be offline
 		return strings.Contains(err.Error(), "offline")
 	}
 	return errors.Is(err, nats.ErrNoResponders) || errors.Is(err, nats.ErrDisconnected)

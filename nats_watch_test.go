@@ -566,6 +566,15 @@ func feedOf(s *NATSStore, p pattern) *feed {
 	return s.feeds.by[p]
 }
 
+// listedFeed returns the feed of a pattern that a store watches, once it knows what
+// exists.
+func listedFeed(t testing.TB, s *NATSStore, p pattern) *feed {
+	t.Helper()
+	f := feedOf(s, p)
+	eventually(t, func() bool { return f.holds(func() bool { return f.listed }) }, "the watch knows what exists")
+	return f
+}
+
 // holds reports whether a condition holds for a feed, which has not ended.
 func (f *feed) holds(condition func() bool) bool {
 	answer := make(chan bool, 1)
@@ -623,8 +632,7 @@ func TestDeletionOfTheUnseen(t *testing.T) {
 	t.Parallel()
 	s := openStore(t, NATSStoreConfig{Conn: connect(t, startServer(t, nil).ClientURL()), Bucket: "b"})
 	events := mustWatch(t, s, "*")
-	f := feedOf(s, pattern{wild: true})
-	eventually(t, func() bool { return f.holds(func() bool { return f.listed }) }, "the watch knows what exists")
+	f := listedFeed(t, s, pattern{wild: true})
 	require.NoError(t, s.Put("k", nil, 0))
 	created := receive(t, events).Created.UnixNano()
 	require.NoError(t, s.Delete("k"))
@@ -652,8 +660,7 @@ func TestExpiryRequests(t *testing.T) {
 	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
 	writer := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
 	watch := observe(mustWatch(t, s, "k.*"))
-	f := feedOf(s, pattern{"k.", true})
-	eventually(t, func() bool { return f.holds(func() bool { return f.listed }) }, "the watch knows what exists")
+	listedFeed(t, s, pattern{"k.", true})
 	requests := spent(s, func() {
 		for i := range keys {
 			require.NoError(t, writer.Put(fmt.Sprintf("k.%d", i), nil, time.Second))

@@ -466,16 +466,22 @@ func TestNarrowLink(t *testing.T) {
 	mustGet(t, s, "shared")
 	eventually(t, func() bool { return time.Since(s.data.settings.Load().checked) < settingsLife/2 }, "a look at the settings")
 	before = sentTo(t, srv, nc)
+	getAtOnce(t, s, "shared", gets, size)
+	assert.Less(t, sentTo(t, srv, nc)-before, int64(11*gets*size/10), "bytes for %d Gets", gets)
+}
+
+// getAtOnce has n goroutines read a key, whose value has a size.
+func getAtOnce(t *testing.T, s Store, key string, n, size int) {
+	t.Helper()
 	var wg sync.WaitGroup
-	for range gets {
+	for range n {
 		wg.Go(func() {
-			value, err := s.Get("shared")
+			value, err := s.Get(key)
 			assert.NoError(t, err)
 			assert.Len(t, value, size)
 		})
 	}
 	wg.Wait()
-	assert.Less(t, sentTo(t, srv, nc)-before, int64(11*gets*size/10), "bytes for %d Gets", gets)
 }
 
 // TestNarrowLinkToReplicas: the same where requests are made again because a
@@ -500,17 +506,7 @@ func TestNarrowLinkToReplicas(t *testing.T) {
 	// not happen each time.
 	eventually(t, func() bool {
 		before := sentTo(t, c.servers[1], nc)
-		requests := spent(s, func() {
-			var wg sync.WaitGroup
-			for range gets {
-				wg.Go(func() {
-					value, err := s.Get("shared")
-					assert.NoError(t, err)
-					assert.Len(t, value, size)
-				})
-			}
-			wg.Wait()
-		})
+		requests := spent(s, func() { getAtOnce(t, s, "shared", gets, size) })
 		sent := sentTo(t, c.servers[1], nc) - before
 		t.Logf("%d requests and %d bytes for %d Gets", requests, sent, gets)
 		return requests == gets && sent < 11*gets*one/10

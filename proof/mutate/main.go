@@ -46,7 +46,7 @@ var suite = map[string]string{
 	"lost-answer":      ". -run ^TestLostAnswer$",
 	"unseen":           ". -run ^TestDeletionOfTheUnseen$",
 	"seem-offline":     ". -run ^TestOpenWhilePeersSeemOffline$",
-	"last-moment":      ". -run ^TestAnswerAtTheLastMoment$",
+	"answer-here":      ". -run ^TestAnswerThatIsHere$",
 	"settings-log":     ". -run ^TestLogOfChangedSettings$",
 	"more-replicas":    ". -run ^TestReadsWhileReplicasAreAdded$",
 	"read-late":        ". -run ^TestRefreshedWhileReading$",
@@ -439,8 +439,8 @@ var mutations = []mutation{
 	{"a-cache-that-is-always-new", []edit{{"	return c.reached.asOf\n", "	return time.Now()\n"}}, []string{oneServer, "load one-server-far"}},
 
 	// What readers found.
-	{"offline-for-a-moment-is-final", []edit{{"		return strings.Contains(err.Error(), \"offline\")\n", "		return false && strings.Contains(err.Error(), \"offline\")\n"}}, []string{"seem-offline"}},
-	{"an-answer-at-the-end-is-lost", []edit{{"		case arrival := <-arrivals:\n			return arrival, nil // it is here, whatever else has happened\n", ""}}, []string{"last-moment"}},
+	{"offline-peers-are-final", []edit{{"		return strings.Contains(err.Error(), \"offline\")\n", "		return false && strings.Contains(err.Error(), \"offline\")\n"}}, []string{"seem-offline"}},
+	{"an-answer-at-the-end-is-lost", []edit{{"		case arrival := <-arrivals:\n			return arrival, nil // it is here, whatever else has happened\n", ""}}, []string{"answer-here"}},
 	{"calls-wait-while-the-library-dials", []edit{{"	if e.status != nats.CONNECTED {\n		return e, e.status\n	}\n", ""}}, []string{"stalled-link"}},
 	{"created-by-an-old-clock", []edit{{"	old := e.age > oldSample\n", "	old := e.age < 0\n"}}, []string{"old-clock"}},
 	{"a-clock-that-writes-do-not-renew", []edit{{"	if b.readClock().age > renewSample {\n", "	if false {\n"}}, []string{"old-clock"}},
