@@ -22,6 +22,8 @@ type meddler struct {
 	// fail returns the error of a call in place of the store. With one that wraps
 	// ErrOutcomeUnknown the call is made all the same.
 	fail func(op, key string) error
+	// updated is called after each Update that succeeded.
+	updated func()
 	// granted may replace a lock.
 	granted func(l Lock) Lock
 }
@@ -53,7 +55,11 @@ func (m meddler) Update(key string, value []byte, ttl time.Duration, revision ui
 		}
 		return 0, err
 	}
-	return m.Store.Update(key, value, ttl, revision)
+	next, err := m.Store.Update(key, value, ttl, revision)
+	if err == nil && m.updated != nil {
+		m.updated()
+	}
+	return next, err
 }
 
 func (m meddler) DeleteRevision(key string, revision uint64) error {
@@ -242,8 +248,10 @@ var functionCases = []conformanceCase{
 			func() error { return b.Delete("k") },
 		} {
 			ctx, cancel := context.WithCancel(context.Background())
-			done := make(chan error)
-			go func() { done <- KeepAlive(ctx, a, "k", time.Hour, func() []byte { return []byte("mine") }) }()
+			done, updated := make(chan error), make(chan struct{}, 1)
+			s := meddler{Store: a, updated: func() { updated <- struct{}{} }}
+			go func() { done <- KeepAlive(ctx, s, "k", time.Hour, func() []byte { return []byte("mine") }) }()
+			<-updated // or the write would be in doubt when ctx ends
 			require.Equal(t, "mine", string(receive(t, events).Value))
 			require.NoError(t, theirs())
 			receive(t, events)

@@ -21,7 +21,10 @@ const (
 // outages. If the key expires or is deleted meanwhile, KeepAlive writes it again.
 // When ctx ends, it deletes the revision that it wrote last, unless somebody else
 // has written or deleted the key since, and returns nil. If it cannot delete the
-// revision within five seconds, it returns an error, and the key expires.
+// revision within five seconds, it returns an error, and the key expires. A write
+// that the end of ctx cuts short may still be applied. If the key is not there then,
+// even because somebody deleted it, KeepAlive writes it once more to delete it for
+// good.
 //
 // Before ctx ends it returns only errors that are permanent: [ErrInvalidKey],
 // [ErrInvalidTTL] if ttl is not positive, [ErrValueTooLarge], [ErrClosed], and
@@ -34,8 +37,9 @@ const (
 // [WithLock].
 //
 // On a NATSStore it costs two requests at first, or three for a new key, one each
-// third of ttl, and one at the end. ctx replaces any context that store is bound
-// to. value is called in the caller's goroutine; its result is not retained.
+// third of ttl, and one at the end, or up to three more if that cuts a write short.
+// ctx replaces any context that store is bound to. value is called in the caller's
+// goroutine; its result is not retained.
 func KeepAlive(ctx context.Context, store Store, key string, ttl time.Duration, value func() []byte) error {
 	if ttl <= 0 {
 		return ErrInvalidTTL

@@ -509,10 +509,7 @@ func TestReadmeCosts(t *testing.T) {
 	costs("KeepAlive of a key that does not exist, and the deletion at the end", 4, func() error {
 		ctx, stop := context.WithCancel(ctx)
 		defer stop()
-		return KeepAlive(ctx, s, "alive", time.Hour, func() []byte {
-			time.AfterFunc(time.Second, stop) // once the answer is here
-			return nil
-		})
+		return KeepAlive(ctx, meddler{Store: s, updated: stop}, "alive", time.Hour, func() []byte { return nil })
 	})
 
 	before := sent()
