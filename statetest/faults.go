@@ -66,7 +66,7 @@ func (op Op) writes() bool { return op&(Writes|Lock|Refresh|Unlock) != 0 }
 //
 // If several rules select a call, the one that was made first decides. Calls
 // that fail because of their arguments, and those made after the context or the
-// store has ended, do not count.
+// store has ended, do not count; those of a value that is too large do.
 func (s *Store) On(op Op, pattern string) Calls {
 	return Calls{s: s.core, op: op, pattern: pattern, nth: 1, times: 1}
 }
@@ -137,9 +137,9 @@ func (c Calls) LoseRequest() *Rule {
 
 // ApplyLate is LoseAnswer, but a write is applied only d after the call has
 // failed, at most ten seconds. An Update or DeleteRevision is applied only if
-// its revision is still the current one, a Put or Delete in any case, a Refresh
-// or Unlock only if the lock has not changed since. ApplyLate on Unlock releases
-// the lock late.
+// its revision is still the current one, and one of revision 0 only if the key has
+// not existed since; a Put or Delete in any case; a Lock, Refresh or Unlock only if
+// the lock has not changed since. ApplyLate on Unlock releases the lock late.
 func (c Calls) ApplyLate(d time.Duration) *Rule { return c.rule(late(d)) }
 
 func late(d time.Duration) effect {

@@ -13,8 +13,16 @@ import (
 // the store below is.
 func (s *Store) Lock(key string, ttl time.Duration) (state.Lock, error) {
 	c := s.call(Lock, key)
+	written := s.writesOf(key)
 	below, err := run(c, checkLock(key, ttl), func(below state.Store) (state.Lock, error) {
-		return below.Lock(key, ttl)
+		if c.late && s.writesOf(key) != written {
+			return nil, state.ErrLockHeld // it comes to nothing on top of a later record
+		}
+		l, err := below.Lock(key, ttl)
+		if err == nil {
+			s.wrote(key)
+		}
+		return l, err
 	})
 	if err != nil {
 		return nil, err
@@ -60,6 +68,26 @@ func (l fencedLock) Token() uint64 { return l.below.(state.Fenced).Token() }
 
 // Key implements [state.Lock].
 func (l *lock) Key() string { return l.key }
+
+// wrote notes that a write of a lock was applied.
+func (s *core) wrote(key string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.written[key]++
+}
+
+// writesOf returns how many writes of a lock were applied.
+func (s *core) writesOf(key string) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.written[key]
+}
+
+// wrote notes that a write of the lock was applied.
+func (l *lock) wrote() {
+	l.writes++
+	l.s.wrote(l.key)
+}
 
 func (l *lock) lapsed() bool { return !time.Now().Before(l.until) }
 
@@ -108,7 +136,7 @@ func (l *lock) Refresh() error {
 			}
 			err := l.below.Refresh()
 			if err == nil {
-				l.writes++
+				l.wrote()
 				extended = true
 			}
 			return err
@@ -173,7 +201,7 @@ func (l *lock) Unlock() error {
 			err := l.below.Unlock()
 			if err == nil {
 				l.gone = true
-				l.writes++
+				l.wrote()
 			}
 			return err
 		})
@@ -216,12 +244,12 @@ func (s *Store) TakeAway(key string) bool {
 	return taken
 }
 
-// takeAway is TakeAway for who has the turn.
+// takeAway is TakeAway for a caller that has the turn.
 func (l *lock) takeAway() bool {
 	if l.taken || l.gone || l.below.Unlock() != nil {
 		return false
 	}
 	l.taken = true
-	l.writes++
+	l.wrote()
 	return true
 }

@@ -228,6 +228,14 @@ func TestLostLock(t *testing.T) {
 		time.Sleep(time.Minute)
 		free(t, below, "l")
 
+		s.On(statetest.Lock, "l").ApplyLate(time.Second)
+		_, err = s.Lock("l", time.Minute)
+		assert.ErrorIs(t, err, state.ErrOutcomeUnknown)
+		require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
+		time.Sleep(time.Second)
+		synctest.Wait()
+		free(t, below, "l") // the late one was for the record before
+
 		// The lease is counted from before the request was sent.
 		s.On(statetest.Lock, "l").Slow(2 * time.Second)
 		_, err = s.Lock("l", time.Second)

@@ -59,6 +59,7 @@ type core struct {
 	watches map[*watch]struct{}
 	opened  map[string]int // how many watches of a pattern there were
 	locks   map[string]*lock
+	written map[string]int           // how many writes of a lock were applied
 	pending map[*time.Timer]struct{} // writes that are still to be applied
 }
 
@@ -79,6 +80,7 @@ func Wrap(store state.Store) *Store {
 			watches: make(map[*watch]struct{}),
 			opened:  make(map[string]int),
 			locks:   make(map[string]*lock),
+			written: make(map[string]int),
 			pending: make(map[*time.Timer]struct{}),
 		},
 		ctx:   context.Background(),
@@ -118,7 +120,9 @@ func (s *Store) Put(key string, value []byte, ttl time.Duration) error {
 // Update implements [state.Store].
 func (s *Store) Update(key string, value []byte, ttl time.Duration, revision uint64) (uint64, error) {
 	value = bytes.Clone(value)
-	return run(s.call(Update, key), checkPut(key, ttl), func(below state.Store) (uint64, error) {
+	c := s.call(Update, key)
+	c.creates = revision == 0
+	return run(c, checkPut(key, ttl), func(below state.Store) (uint64, error) {
 		return below.Update(key, value, ttl, revision)
 	})
 }
@@ -217,6 +221,9 @@ type call struct {
 	begun time.Time
 	sent  time.Time // when its request began
 	late  bool      // it is carried out after it has failed
+	// creates says that it is an Update of a key that does not exist. A late one comes
+	// to nothing once the key has existed: what is left of a deletion refuses it.
+	creates bool
 	effect
 }
 
@@ -261,9 +268,22 @@ func run[T any](c *call, invalid error, apply func(below state.Store) (T, error)
 		return none, err
 	}
 	c.sent = time.Now()
-	applyLate := func() {
-		c.late = true
-		_, _ = apply(s.below)
+	applyLate := func() { _, _ = apply(s.below) }
+	if c.creates && (c.delay > 0 || c.travel > 0) {
+		changes, stop := s.changes(c.key)
+		defer func() {
+			if !c.late {
+				stop()
+			}
+		}()
+		applyLate = func() {
+			defer stop()
+			select {
+			case <-changes:
+			default:
+				_, _ = apply(s.below)
+			}
+		}
 	}
 	switch {
 	case c.refuse != nil:
@@ -280,9 +300,9 @@ func run[T any](c *call, invalid error, apply func(below state.Store) (T, error)
 		case c.never:
 		case c.behind > 0:
 			changes, stop := s.changes(c.key)
-			defer func() { s.laterBehind(changes, c.behind, stop, applyLate) }()
+			defer func() { s.laterBehind(c, changes, stop, applyLate) }()
 		case c.delay > 0:
-			defer func() { s.later(c.delay, applyLate) }()
+			defer func() { s.later(c, c.delay, applyLate) }()
 		default:
 			if _, err := apply(s.below); local(err) {
 				return none, err
@@ -300,7 +320,7 @@ func run[T any](c *call, invalid error, apply func(below state.Store) (T, error)
 		}
 		if err != nil {
 			if c.op.writes() {
-				s.later(max(c.travel-time.Since(c.sent), 0), applyLate)
+				s.later(c, max(c.travel-time.Since(c.sent), 0), applyLate)
 			}
 			return none, c.interrupted(err, true)
 		}
@@ -508,8 +528,9 @@ func (s *Store) reach(c *call, sent bool) error {
 	return errNotConnected
 }
 
-// later applies a write after a time, unless the store is closed before.
-func (s *core) later(after time.Duration, apply func()) {
+// later applies the write of a call after a time, unless the store is closed before.
+func (s *core) later(c *call, after time.Duration, apply func()) {
+	c.late = true
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -540,9 +561,10 @@ func (s *core) changes(key string) (<-chan *state.KeyValue, context.CancelFunc) 
 	return changes, stop
 }
 
-// laterBehind applies a write after so many changes, and at the latest after
-// maxLate, unless the store is closed before.
-func (s *core) laterBehind(changes <-chan *state.KeyValue, behind int, stop context.CancelFunc, apply func()) {
+// laterBehind applies the write of a call after as many changes as that says, and at
+// the latest after maxLate, unless the store is closed before.
+func (s *core) laterBehind(c *call, changes <-chan *state.KeyValue, stop context.CancelFunc, apply func()) {
+	c.late = true
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -553,14 +575,17 @@ func (s *core) laterBehind(changes <-chan *state.KeyValue, behind int, stop cont
 		defer stop()
 		timer := time.NewTimer(maxLate)
 		defer timer.Stop()
-		for behind > 0 {
+		for behind := c.behind; behind > 0; {
 			select {
 			case _, open := <-changes:
-				if !open {
+				switch {
+				case !open:
 					changes = nil // the store below is about to be closed
-					continue
+				case c.creates:
+					return
+				default:
+					behind--
 				}
-				behind--
 			case <-timer.C:
 				behind = 0
 			case <-s.quit:

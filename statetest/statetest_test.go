@@ -325,6 +325,45 @@ func TestApplyLate(t *testing.T) {
 	})
 }
 
+// TestCreatedLate: a late Update that creates a key comes to nothing if the key has
+// existed meanwhile.
+func TestCreatedLate(t *testing.T) {
+	bubble(t, func(t *testing.T, below state.Store, s *statetest.Store) {
+		for name, fault := range map[string]func(statetest.Calls) *statetest.Rule{
+			"late":   func(c statetest.Calls) *statetest.Rule { return c.ApplyLate(3 * time.Second) },
+			"behind": func(c statetest.Calls) *statetest.Rule { return c.ApplyBehind(3) },
+			"slow":   func(c statetest.Calls) *statetest.Rule { return c.Slow(4 * time.Second) },
+		} {
+			for _, existed := range []bool{false, true} {
+				fault(s.On(statetest.Update, name))
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				_, err := s.WithContext(ctx).Update(name, []byte("late"), 0, 0)
+				cancel()
+				require.ErrorIs(t, err, state.ErrOutcomeUnknown, name)
+				want := "late"
+				if existed {
+					require.NoError(t, below.Put(name, nil, 0))
+					require.NoError(t, below.Delete(name))
+					want = "none"
+				}
+				time.Sleep(10 * time.Second)
+				synctest.Wait()
+				assert.Equal(t, want, value(t, below, name), "%s, %v", name, existed)
+				require.NoError(t, below.Delete(name))
+			}
+		}
+
+		// KeepAlive deletes its key for good.
+		s.On(statetest.Update, "alive").ApplyLate(3 * time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		require.NoError(t, state.KeepAlive(ctx, s, "alive", time.Minute, func() []byte { return nil }))
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		assert.Equal(t, "none", value(t, below, "alive"))
+	})
+}
+
 func mustRevision(t *testing.T, s state.Store, key string) uint64 {
 	t.Helper()
 	kv, err := s.GetKeyValue(key)

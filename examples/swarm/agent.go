@@ -94,6 +94,7 @@ func (a *Agent) Stop() {
 	a.stop()
 	a.leading.Wait()
 	a.running.Wait()
+	_ = a.config.Close() // never an error
 }
 
 // Pace returns how long a task takes, by the agent's cache.
