@@ -55,7 +55,7 @@ func NewCache(ctx context.Context, store Store, pattern string) (*Cache, error) 
 		c.end()
 		return nil, err
 	}
-	for _, kv := range src.current {
+	for _, kv := range src.takeCurrent() {
 		c.entries.Store(kv.Key, kv)
 	}
 	c.reached = progress{src.asOf, src.begun}

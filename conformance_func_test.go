@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -20,7 +21,7 @@ import (
 type meddler struct {
 	Store
 	// fail returns the error of a call in place of the store. With one that wraps
-	// ErrOutcomeUnknown the call is made all the same.
+	// ErrOutcomeUnknown the call is made all the same, unless it is errLost.
 	fail func(op, key string) error
 	// updated is called after each Update that succeeded.
 	updated func()
@@ -50,7 +51,7 @@ func (m meddler) GetKeyValue(key string) (*KeyValue, error) {
 func (m meddler) Update(key string, value []byte, ttl time.Duration, revision uint64) (uint64, error) {
 	err := m.failed("update", key)
 	if err != nil {
-		if errors.Is(err, ErrOutcomeUnknown) {
+		if errors.Is(err, ErrOutcomeUnknown) && err != errLost { //nolint:errorlint // bare
 			_, _ = m.Store.Update(key, value, ttl, revision)
 		}
 		return 0, err
@@ -90,6 +91,7 @@ func (m meddler) Lock(key string, ttl time.Duration) (Lock, error) {
 var (
 	errOutage = errors.New("no packet gets through")
 	errDoubt  = fmt.Errorf("no answer: %w", ErrOutcomeUnknown)
+	errLost   = fmt.Errorf("no answer to what never arrived: %w", ErrOutcomeUnknown)
 )
 
 // failing returns a meddler whose next calls of op fail with these errors.
@@ -205,7 +207,7 @@ var functionCases = []conformanceCase{
 				})
 			}()
 			var first, last *KeyValue
-			for i := range 6 { // longer than the TTL
+			for before := 0; before < 6; { // longer than the TTL
 				kv := receive(t, events)
 				if brief(kv) == "delete k" {
 					cancel()
@@ -213,7 +215,10 @@ var functionCases = []conformanceCase{
 					return false
 				}
 				require.Equal(t, "put k", brief(kv))
-				require.Equal(t, fmt.Sprint(i+1), string(kv.Value))
+				value, err := strconv.Atoi(string(kv.Value))
+				require.NoError(t, err)
+				require.Greater(t, value, before)
+				before = value
 				require.True(t, kv.Expires.Equal(kv.Modified.Add(ttl)))
 				if first == nil {
 					first = kv
@@ -266,9 +271,12 @@ var functionCases = []conformanceCase{
 		ctx, cancel := context.WithCancel(context.Background())
 		defer cancel()
 		done := make(chan error)
-		go func() { done <- KeepAlive(ctx, a, "k", 3*time.Second, func() []byte { return []byte("mine") }) }()
+		go func() { done <- KeepAlive(ctx, a, "k", 6*time.Second, func() []byte { return []byte("mine") }) }()
 		next := func(value string) {
 			eventually(t, func() bool { return string(receive(t, events).Value) == value }, value)
+			if value == "mine" { // on several servers an event may come before it can be read
+				eventually(t, func() bool { got, err := b.Get("k"); return err == nil && string(got) == value }, value)
+			}
 		}
 		next("mine")
 		require.NoError(t, b.Delete("k"))
@@ -331,6 +339,25 @@ var functionCases = []conformanceCase{
 			refuses(t, ErrNotFound, err, before)
 			cancel()
 		}
+
+		// The last two are, and the first of them arrives late.
+		ctx, cancel := context.WithCancel(context.Background())
+		n := 0
+		m := meddler{Store: a, fail: func(op, key string) error {
+			if op != "update" {
+				return nil
+			}
+			if n == 2 {
+				_, err := b.Update(key, []byte("1"), time.Minute, 0)
+				assert.NoError(t, err)
+				cancel()
+			}
+			return errLost
+		}}
+		require.NoError(t, KeepAlive(ctx, m, "k", time.Minute, func() []byte { n++; return fmt.Append(nil, n) }))
+		require.Equal(t, 2, n)
+		_, err := b.Get("k")
+		refuses(t, ErrNotFound, err)
 	}},
 }
 
@@ -429,9 +456,8 @@ var acquireCases = []conformanceCase{
 				require.NoError(t, next.Unlock())
 				if inTime {
 					assert.GreaterOrEqual(t, took.Sub(refreshed), ttl, name)
-					assert.Less(t, took.Sub(refreshed), ttl+2*time.Second, name)
 				}
-				return inTime
+				return inTime && took.Sub(refreshed) < ttl+2*time.Second
 			})
 		}
 	}},
@@ -526,10 +552,15 @@ var acquireCases = []conformanceCase{
 		l, err := Acquire(context.Background(), failing(s, "lock", errOutage, errDoubt, ErrLockExpired, ErrLockHeld, errOutage), "l", time.Minute)
 		require.NoError(t, err)
 		require.NoError(t, l.Unlock())
-		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
-		defer cancel()
-		_, err = Acquire(ctx, meddler{Store: s, fail: func(string, string) error { return errOutage }}, "l", time.Minute)
-		assert.ErrorIs(t, err, context.DeadlineExceeded)
+		ctx, cancel := context.WithCancel(context.Background())
+		tries := 0
+		_, err = Acquire(ctx, meddler{Store: s, fail: func(string, string) error {
+			if tries++; tries == 5 {
+				cancel()
+			}
+			return errOutage
+		}}, "l", time.Minute)
+		assert.ErrorIs(t, err, context.Canceled)
 		assert.ErrorIs(t, err, errOutage)
 	}},
 	{"acquire-tiny-ttl", "Acquire gives up with ErrLockExpired after ten leases in a row that lapsed on their way", func(t *testing.T, dial func() Store) {

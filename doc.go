@@ -164,7 +164,8 @@
 // All methods of stores, caches and locks are safe for concurrent use by several
 // goroutines. One store for each process is enough, and several stores may share
 // a connection. Close ends the store's calls and watches, and waits until its
-// goroutines have finished. It leaves the connection open.
+// goroutines have finished. Those of Follow and caches, which may be on any store,
+// end soon after. It leaves the connection open.
 //
 // # Testing
 //

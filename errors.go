@@ -19,7 +19,8 @@ var (
 	ErrClosed = errors.New("store closed")
 
 	// ErrLockHeld is returned by Lock while somebody holds the lock, and by
-	// [Acquire] and [WithLock] if somebody still held it when their context ended.
+	// [Acquire] and [WithLock] if somebody held it when they last looked before their
+	// context ended.
 	ErrLockHeld = errors.New("lock already held")
 
 	// ErrLockNotHeld is returned by Unlock when this holder no longer holds the

@@ -29,16 +29,17 @@ func Follow(ctx context.Context, store Store, pattern string) (current []*KeyVal
 	if err != nil {
 		return nil, nil, err
 	}
-	out := &followSink{reader: make(chan *KeyValue), versions: make(map[string]version, len(src.current))}
+	current = src.takeCurrent()
+	out := &followSink{reader: make(chan *KeyValue), versions: make(map[string]version, len(current))}
 	f.sink = out
-	for _, kv := range src.current {
+	for _, kv := range current {
 		out.versions[kv.Key] = versionOf(kv)
 	}
 	go func() {
 		defer close(out.reader)
 		f.run(ctx, src)
 	}()
-	return src.current, out.reader, nil
+	return current, out.reader, nil
 }
 
 // A version tells one value of a key from another, also from one of the same
@@ -139,6 +140,14 @@ type source struct {
 	events <-chan *KeyValue
 }
 
+// takeCurrent returns what existed when the source began. The source forgets it:
+// the entries live as long as the one who takes them needs them.
+func (s *source) takeCurrent() []*KeyValue {
+	current := s.current
+	s.current = nil
+	return current
+}
+
 // A following is what Follow and Cache have in common. One goroutine, that of
 // run, owns it.
 type following struct {
@@ -197,7 +206,7 @@ func (f *following) run(ctx context.Context, src *source) {
 		if src = f.reopen(ctx); src == nil {
 			return
 		}
-		f.reconcile(src.current)
+		f.reconcile(src.takeCurrent())
 		f.sink.startOver()
 		f.sink.advance(progress{src.asOf, src.begun})
 	}

@@ -2,10 +2,12 @@ package state
 
 import (
 	"context"
-	"fmt"
+	"errors"
+	"runtime"
 	"slices"
 	"testing"
 	"time"
+	"weak"
 
 	"github.com/stretchr/testify/require"
 )
@@ -97,31 +99,89 @@ func TestStoresThatEmbed(t *testing.T) {
 // answer lost.
 type losing struct {
 	*MemoryStore
-	first error
-	locks int
-	lost  func()
+	errs []error
+	last func() // called before the last of them is returned
 }
 
 func (s *losing) WithContext(context.Context) Store { return s }
 
 func (s *losing) Lock(string, time.Duration) (Lock, error) {
-	if s.locks++; s.locks == 1 {
-		return nil, s.first
+	err := s.errs[0]
+	if s.errs = s.errs[1:]; len(s.errs) == 0 {
+		s.last()
 	}
-	s.lost()
-	return nil, fmt.Errorf("%w: lost", ErrOutcomeUnknown)
+	return nil, err
 }
 
-// TestAcquireInDoubt: the context of an Acquire ends while its answer is lost. The
-// caller may have the lock, so it is not said to be held by somebody else.
+// A stuck is a lock that cannot be unlocked.
+type stuck struct{ Lock }
+
+func (stuck) Unlock() error { return errOutage }
+
+// TestAcquireInDoubt: the answer to an attempt of Acquire is lost, and it ends before
+// another attempt succeeds. The caller may have the lock, and is told so.
 func TestAcquireInDoubt(t *testing.T) {
 	t.Parallel()
 	m := NewMemoryStore()
 	t.Cleanup(func() { _ = m.Close() })
-	for _, first := range []error{ErrLockHeld, errOutage, ErrLockExpired} {
+	for _, c := range []struct {
+		errs  []error
+		says  error
+		doubt bool
+	}{
+		{[]error{ErrLockHeld, errDoubt}, context.Canceled, true},
+		{[]error{errOutage, errDoubt}, context.Canceled, true},
+		{[]error{ErrLockExpired, errDoubt}, context.Canceled, true},
+		{[]error{errDoubt, errOutage, errOutage}, context.Canceled, true},
+		{[]error{errDoubt, ErrClosed}, ErrClosed, true},
+		{[]error{errDoubt, ErrLockExpired, errOutage}, context.Canceled, false},
+	} {
 		ctx, cancel := context.WithCancel(t.Context())
-		_, err := Acquire(ctx, &losing{MemoryStore: m, first: first, lost: cancel}, "l", time.Minute)
-		require.ErrorIs(t, err, ErrOutcomeUnknown)
-		require.ErrorIs(t, err, context.Canceled)
+		_, err := Acquire(ctx, &losing{MemoryStore: m, errs: c.errs, last: cancel}, "l", time.Minute)
+		require.ErrorIs(t, err, c.says)
+		require.Equal(t, c.doubt, errors.Is(err, ErrOutcomeUnknown), "%v: %v", c.errs, err)
+	}
+
+	// The lock is granted as ctx ends, and cannot be given back.
+	ctx, cancel := context.WithCancel(t.Context())
+	_, err := Acquire(ctx, meddler{Store: m, granted: func(l Lock) Lock { cancel(); return stuck{l} }}, "l", time.Minute)
+	require.ErrorIs(t, err, context.Canceled)
+	require.ErrorIs(t, err, ErrOutcomeUnknown)
+}
+
+// TestFollowKeepsNoEntries: what Follow lists belongs to its caller alone, and a
+// cache keeps only the last value of a key.
+func TestFollowKeepsNoEntries(t *testing.T) {
+	t.Parallel()
+	// replaced returns the first entry of a cache, once there is another.
+	replaced := func(c *Cache, replace func()) weak.Pointer[KeyValue] {
+		kv, _ := c.entries.Load("k")
+		first := weak.Make(kv.(*KeyValue))
+		replace()
+		eventually(t, func() bool { kv, _ := c.entries.Load("k"); return kv.(*KeyValue) != first.Value() }, "the next value")
+		return first
+	}
+	collected := func(kv weak.Pointer[KeyValue]) func() bool {
+		return func() bool { runtime.GC(); return kv.Value() == nil }
+	}
+	for name, s := range map[string]Store{
+		"memory": NewMemoryStore(),
+		"nats":   openStore(t, NATSStoreConfig{Conn: connect(t, startServer(t, nil).ClientURL()), Bucket: "b"}),
+		"plain":  plain{NewMemoryStore()},
+	} {
+		defer s.Close()
+		require.NoError(t, s.Put("k", []byte("1"), 0))
+		current, changes, err := Follow(t.Context(), s, "k")
+		require.NoError(t, err)
+		listed := weak.Make(current[0])
+		current = nil
+		eventually(t, collected(listed), name+": the entry that was listed is free")
+		runtime.KeepAlive(changes)
+
+		c, err := NewCache(t.Context(), s, "k")
+		require.NoError(t, err)
+		first := replaced(c, func() { require.NoError(t, s.Put("k", []byte("2"), 0)) })
+		eventually(t, collected(first), name+": the value that was replaced is free")
+		c.Close()
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"math"
+	"slices"
 	"time"
 )
 
@@ -23,18 +24,19 @@ const (
 // has written or deleted the key since, and returns nil. If it cannot delete the
 // revision within five seconds, it returns an error, and the key expires. A write
 // that the end of ctx cuts short may still be applied. If the key is not there then,
-// even because somebody deleted it, KeepAlive writes it once more to delete it for
-// good.
+// even if somebody deleted it, KeepAlive writes it once more to delete it for good.
 //
 // Before ctx ends it returns only errors that are permanent: [ErrInvalidKey],
 // [ErrInvalidTTL] if ttl is not positive, [ErrValueTooLarge], [ErrClosed], and
 // that of a connection which its owner has closed. Then the key is left to expire.
-// Any other failure is retried several times within ttl. A ttl of a few
-// milliseconds cannot be kept up.
+// Any other failure is retried: several times within ttl if it comes at once. (A
+// call that gets no answer takes up to five seconds.) A ttl of a few milliseconds
+// cannot be kept up.
 //
 // A key should have one owner. KeepAlive overwrites what it finds, so the value of
-// a key with two of them alternates. To decide who owns a key, take a lock; see
-// [WithLock].
+// a key with two of them alternates. While the outcome of a write is unknown,
+// KeepAlive takes the same bytes for its own, whoever wrote them. To decide who owns
+// a key, take a lock; see [WithLock].
 //
 // On a NATSStore it costs two requests at first, or three for a new key, one each
 // third of ttl, and one at the end, or up to three more if that cuts a write short.
@@ -80,9 +82,8 @@ type keptKey struct {
 	// current is the revision to write on, if known is true.
 	current uint64
 	known   bool
-	// inDoubt is the value of a write whose fate is not known; nil if there is
-	// none.
-	inDoubt []byte
+	// inDoubt has the values of the writes whose fate is not known, each once.
+	inDoubt [][]byte
 }
 
 // write writes the key on top of what it is now.
@@ -95,14 +96,21 @@ func (k *keptKey) write(store Store, ttl time.Duration, value func() []byte) err
 	switch {
 	case err == nil:
 		k.revision, k.current = revision, revision
-		k.inDoubt = nil // had it not been applied by now, it never would be
+		k.inDoubt = nil // had they not been applied by now, they never would be
 	case err == ErrConflict:
 		k.known = false
 	case errors.Is(err, ErrOutcomeUnknown):
 		k.known = false
-		k.inDoubt = append([]byte{}, next...)
+		if !k.doubts(next) {
+			k.inDoubt = append(k.inDoubt, bytes.Clone(next))
+		}
 	}
 	return err
+}
+
+// doubts reports whether a write of the value is in doubt.
+func (k *keptKey) doubts(value []byte) bool {
+	return slices.ContainsFunc(k.inDoubt, func(v []byte) bool { return bytes.Equal(v, value) })
 }
 
 // read finds out the current revision, unless it is known. If it is another one
@@ -118,7 +126,7 @@ func (k *keptKey) read(store Store) error {
 	case err != nil:
 		return err
 	default:
-		if k.inDoubt != nil && kv.Revision != k.current && bytes.Equal(kv.Value, k.inDoubt) {
+		if kv.Revision != k.current && k.doubts(kv.Value) {
 			k.revision = kv.Revision
 			k.inDoubt = nil
 		}
@@ -135,7 +143,7 @@ func (k *keptKey) delete(ctx context.Context, store Store, ttl time.Duration) er
 	for k.revision != 0 || k.inDoubt != nil {
 		err := k.read(store)
 		if err == nil && k.current == 0 && k.inDoubt != nil {
-			err = k.write(store, ttl, func() []byte { return k.inDoubt })
+			err = k.write(store, ttl, func() []byte { return k.inDoubt[0] })
 		}
 		if err == nil {
 			if k.revision == 0 || k.current != k.revision {

@@ -20,7 +20,7 @@ type lessor interface {
 }
 
 // lockTimeout is how long Refresh and Unlock take at most, whatever they wait
-// for.
+// for. A Refresh that was granted too late takes as long again to give it back.
 const lockTimeout = 5 * time.Second
 
 // A lease is a lock from its holder's side, on every backend:
@@ -76,20 +76,21 @@ func newLease(ctx context.Context, b lessor, key string, ttl time.Duration, aske
 }
 
 // handOver returns the lease to its holder, unless it has lapsed on the way.
-func (l *lease) handOver() (Lock, error) {
+// ctx bounds giving it back: for the store it lapses a round trip later anyway.
+func (l *lease) handOver(ctx context.Context) (Lock, error) {
 	if !time.Now().Before(l.validUntil()) {
-		l.giveBack()
+		l.giveBack(ctx)
 		return nil, ErrLockExpired
 	}
 	return l, nil
 }
 
 // giveBack releases what is of no use to the holder any more.
-func (l *lease) giveBack() {
+func (l *lease) giveBack(ctx context.Context) {
 	l.mu.Lock()
 	l.lapsed = true
 	l.mu.Unlock()
-	ctx, cancel := context.WithTimeout(context.Background(), lockTimeout)
+	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
 	defer cancel()
 	_ = l.lessor.release(ctx, l)
 }
@@ -162,9 +163,10 @@ func (l *lease) extend() error {
 		l.lapsed = true
 	case err == nil && l.lapseLocked(time.Now()):
 		// The answer came after the lease had lapsed as far as the holder knew.
-		// It may have been granted in time, but that must not matter.
+		// It may have been granted in time, but that must not matter. It may be
+		// long, so giving it back has time of its own.
 		l.mu.Unlock()
-		l.giveBack()
+		l.giveBack(context.Background())
 		return ErrLockExpired
 	case err == nil:
 		l.until = asked.Add(l.ttl)

@@ -605,7 +605,7 @@ func (s *MemoryStore) Lock(key string, ttl time.Duration) (Lock, error) {
 	if err != nil {
 		return nil, err
 	}
-	return l.handOver()
+	return l.handOver(s.ctx)
 }
 
 // grant acquires a lock that is free. If it is held, grant returns ErrLockHeld
@@ -657,7 +657,7 @@ func (s *MemoryStore) awaitLock(ctx context.Context, key string, ttl time.Durati
 	for {
 		l, deadline, err := s.grant(key, ttl, wake)
 		if err == nil {
-			return l.handOver()
+			return l.handOver(ctx)
 		}
 		if err == ErrLockHeld {
 			var lapse <-chan time.Time
@@ -674,20 +674,22 @@ func (s *MemoryStore) awaitLock(ctx context.Context, key string, ttl time.Durati
 				err = ErrClosed
 			}
 		}
-		if s.client != nil {
-			s.client.data.leave(key, wake)
+		if s.client != nil && !s.client.data.leave(key, wake) && err == ErrLockHeld {
+			err = opError("lock", key, ctx.Err())
 		}
 		return nil, err
 	}
 }
 
 // leave ends the wait of a waiter, who may have been woken. The next one takes
-// its place.
-func (d *memoryData) leave(key string, wake chan struct{}) {
+// its place. leave reports whether somebody holds the lock.
+func (d *memoryData) leave(key string, wake chan struct{}) (held bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.dropWaiterLocked(key, wake)
 	d.wakeFirstLocked(key)
+	l := d.locks[key]
+	return l != nil && !l.deadline.passed(d.now())
 }
 
 // wakeFirstLocked wakes the first waiter, if there is one. It stays in the queue until

@@ -325,6 +325,34 @@ func TestMemoryStoreWaitersAreForgotten(t *testing.T) {
 	})
 }
 
+// TestMemoryStoreWaiterEndsAsTheLockIsFree: the context of a waiter ends after a
+// release that it has not heard of.
+func TestMemoryStoreWaiterEndsAsTheLockIsFree(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := NewMemoryStore()
+		defer s.Close()
+		l := mustLock(t, s, "l", time.Minute)
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := make(chan error, 1)
+		go func() {
+			_, err := Acquire(ctx, s.Client(), "l", time.Minute)
+			ended <- err
+		}()
+		synctest.Wait()
+		d := s.client.data
+		d.mu.Lock()
+		waiting := d.waiters["l"]
+		delete(d.waiters, "l") // so that nobody is woken
+		d.mu.Unlock()
+		require.Len(t, waiting, 1)
+		require.NoError(t, l.Unlock())
+		cancel()
+		err := <-ended
+		require.ErrorIs(t, err, context.Canceled)
+		require.NotErrorIs(t, err, ErrLockHeld)
+	})
+}
+
 // TestMemoryStoreWaitersLearnOfALaterLease: those who wait for the end of a lease
 // get the lock when a later and shorter one has ended.
 func TestMemoryStoreWaitersLearnOfALaterLease(t *testing.T) {

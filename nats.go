@@ -481,7 +481,7 @@ func (s *NATSStore) Lock(key string, ttl time.Duration) (Lock, error) {
 	if err != nil {
 		return nil, s.data.writeError("lock", key, err)
 	}
-	return l.handOver()
+	return l.handOver(ctx)
 }
 
 func (s *NATSStore) beginLock(key string, ttl time.Duration) (context.Context, error) {

@@ -66,6 +66,21 @@ func TestLapsedLockIsNotHandedOver(t *testing.T) {
 	require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
 }
 
+// TestWaiterFindsALockFree: a waiter that has found the lock free does not say that
+// it is held, whatever becomes of its attempt.
+func TestWaiterFindsALockFree(t *testing.T) {
+	t.Parallel()
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, startServer(t, nil).ClientURL()), Bucket: "b"})
+	require.NoError(t, mustLock(t, s, "l", time.Minute).Unlock())
+	q := &lockQueue{held: true}
+	l, _, err := s.locks.ask(t.Context(), q, "l", time.Minute, true, true)
+	require.NoError(t, err)
+	require.False(t, s.locks.waits.seesHeld(q))
+	_, _, err = s.locks.ask(t.Context(), q, "l", time.Minute, true, true)
+	refuses(t, ErrLockHeld, err)
+	require.NoError(t, l.Unlock())
+}
+
 // TestTakeOver: the next holder gets a crashed one's lock no earlier than the
 // lease's end, and soon after it, for leases of all lengths.
 func TestTakeOver(t *testing.T) {

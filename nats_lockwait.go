@@ -195,10 +195,10 @@ func (s *natsLocks) await(ctx context.Context, key string, ttl time.Duration) (L
 				l.yields = max(last.yields-1, 0) // the others may have been late
 			}
 			l.ctx = context.Background() // ctx bounds only the wait
-			return l.handOver()
+			return l.handOver(ctx)
 		case err == ErrLockHeld:
 			s.waits.noteHeld(q, true)
-		case ctx.Err() != nil && held && !errors.Is(err, ErrOutcomeUnknown):
+		case ctx.Err() != nil && s.waits.seesHeld(q) && !errors.Is(err, ErrOutcomeUnknown):
 			return nil, ErrLockHeld
 		default:
 			s.waits.noteHeld(q, false)
@@ -225,6 +225,8 @@ func (s *natsLocks) ask(ctx context.Context, q *lockQueue, key string, ttl time.
 			return nil, last, ErrLockHeld
 		case err == nil && held && q.claimedSince(asked):
 			return nil, record{}, ErrLockHeld
+		case err == nil:
+			s.waits.noteHeld(q, false)
 		}
 		// It seems to be free, or the attempt says why not.
 	}

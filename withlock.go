@@ -34,17 +34,20 @@ const (
 // error of a connection that its owner has closed. It returns [ErrLockExpired] if
 // ten leases in a row had lapsed when the answer arrived: the TTL is too short for
 // the distance to the store. When ctx ends, it returns the bare [ErrLockHeld] if
-// somebody still held the lock, and otherwise an error that wraps the context's and
-// the last failure.
+// somebody held the lock when Acquire last looked, and otherwise an error that wraps
+// the context's and the last failure. If an attempt may have acquired the lock, and
+// it is not known to be free again, an error other than ErrLockHeld also wraps
+// [ErrOutcomeUnknown].
 //
 // ctx replaces any context that store is bound to. It bounds the acquisition only:
 // the lock can be refreshed after ctx has ended. On both stores waiting does not
 // poll; a release or the end of the lease wakes a waiter. ([NATSStoreConfig] names
 // the exceptions.) On a store that wraps one of them, Acquire asks LockHolder
 // after pauses that grow to a second, and when the lease that it found ends. It
-// tries again when nobody holds the lock. There ErrLockHeld means that somebody held
-// it when Acquire last looked, and LockHolder has to report the locks that Lock
-// acquires. On a StateStore without LockHolder, Acquire tries again after each pause.
+// tries again when nobody holds the lock. There LockHolder has to report the locks
+// that Lock acquires, and a lock that is granted as ctx ends is unlocked, which may
+// take five seconds. On a StateStore without LockHolder, Acquire tries again after
+// each pause.
 func Acquire(ctx context.Context, store StateStore, key string, ttl time.Duration) (Lock, error) {
 	lock, _, err := acquire(ctx, store, key, ttl)
 	return lock, err
@@ -61,23 +64,28 @@ func acquire(ctx context.Context, store StateStore, key string, ttl time.Duratio
 		}
 	}
 	retry := backoff{minLockPause, maxLockPause}
-	var failure error // the last one
+	var failure, doubt error // the last one, and the last one of unknown outcome
 	for lapsed := 0; ctx.Err() == nil; retry.wait(ctx, math.MaxInt64) {
 		lock, until, err := await()
-		if err == nil {
+		switch {
+		case err == nil:
 			return lock, until, nil
-		}
-		if final(err) || err == ErrLockHeld && ctx.Err() != nil {
+		case err == ErrLockHeld && ctx.Err() != nil:
 			return nil, time.Time{}, err
-		}
-		if err != ErrLockExpired {
-			lapsed = 0
-		} else if lapsed++; lapsed == maxLapsed {
-			return nil, time.Time{}, err
-		}
-		if failure == nil || ctx.Err() == nil || errors.Is(err, ErrOutcomeUnknown) {
+		case final(err):
+			return nil, time.Time{}, afterDoubt(err, doubt)
+		case err == ErrLockExpired:
+			if lapsed++; lapsed == maxLapsed {
+				return nil, time.Time{}, err
+			}
+			failure, doubt = err, nil // it was granted: nothing is left of an earlier attempt
+			continue
+		case errors.Is(err, ErrOutcomeUnknown):
+			failure, doubt = err, err
+		case failure == nil || ctx.Err() == nil:
 			failure = err // else it says only that ctx has ended
 		}
+		lapsed = 0
 	}
 	err := ctx.Err()
 	switch {
@@ -86,7 +94,16 @@ func acquire(ctx context.Context, store StateStore, key string, ttl time.Duratio
 	case !errors.Is(failure, err):
 		failure = fmt.Errorf("state: lock %q: %w; the last failure: %w", key, err, failure)
 	}
-	return nil, time.Time{}, failure
+	return nil, time.Time{}, afterDoubt(failure, doubt)
+}
+
+// afterDoubt returns err, which also wraps the error of an earlier attempt of unknown
+// outcome if there is one.
+func afterDoubt(err, doubt error) error {
+	if doubt == nil || errors.Is(err, ErrOutcomeUnknown) {
+		return err
+	}
+	return fmt.Errorf("%w; an earlier attempt: %w", err, doubt)
 }
 
 // pollLock is awaitLock for any store. It also returns until when the lock can be
@@ -150,7 +167,10 @@ func lockWithin(ctx context.Context, store Store, key string, ttl time.Duration)
 	stop := context.AfterFunc(ctx, cancel)
 	lock, err := store.WithContext(call).Lock(key, ttl)
 	if !stop() && err == nil {
-		_ = lock.Unlock() // its Refresh is bound to a context that has ended
+		// Its Refresh is bound to a context that has ended.
+		if err := lock.Unlock(); err != nil && err != ErrLockNotHeld {
+			return nil, opError("lock", key, fmt.Errorf("%w: %w; %w", ErrOutcomeUnknown, ctx.Err(), err))
+		}
 		return nil, opError("lock", key, ctx.Err())
 	}
 	return lock, err
@@ -180,7 +200,8 @@ func validUntil(lock Lock) time.Time {
 // Hold returns:
 //   - if fn was not called: ErrLockExpired or [ErrLockNotHeld] if the lock was
 //     lost before, an error that wraps the context's if ctx ended before,
-//     [ErrClosed] or [ErrInvalidTTL].
+//     [ErrClosed], [ErrInvalidTTL], or the error of a connection that its owner has
+//     closed.
 //   - if the lease was lost while fn ran: an error for which errors.Is reports
 //     ErrLockExpired. It also wraps the error of fn, unless that is the error of
 //     fn's context.
@@ -188,7 +209,7 @@ func validUntil(lock Lock) time.Time {
 //
 // Hold returns after fn and Unlock. While the server cannot be reached, that can
 // be ten seconds after fn: a Refresh that is under way takes up to five, and so
-// does Unlock.
+// does Unlock. It can be five more if the lease ends meanwhile.
 //
 // It costs a request each third of the TTL and one to unlock.
 func Hold(ctx context.Context, lock Lock, ttl time.Duration, fn func(ctx context.Context, token uint64) error) error {
@@ -200,10 +221,11 @@ func Hold(ctx context.Context, lock Lock, ttl time.Duration, fn func(ctx context
 // on any store.
 //
 // WithLock returns:
-//   - if ctx ended before the lock was acquired: the bare [ErrLockHeld] if
-//     somebody still held it, and otherwise an error that wraps the context's.
-//     fn was not called.
-//   - if the lock cannot be acquired: another error of Acquire. fn was not called.
+//   - if ctx ended before fn could be called: the bare [ErrLockHeld] if somebody
+//     held the lock when Acquire last looked, and otherwise an error that wraps
+//     the context's. fn was not called.
+//   - if the lock cannot be acquired: another error of Acquire, or of Hold if the
+//     store or its connection was closed just then. fn was not called.
 //     It is ErrLockExpired if ten leases in a row lapsed before fn could be called.
 //   - if the lease was lost while fn ran: an error for which errors.Is reports
 //     ErrLockExpired. It also wraps the error of fn, unless that is the error of
