@@ -675,7 +675,7 @@ func testModel(t *testing.T, servers int, both bool) {
 	const parallel = 16
 	c := startCluster(t, servers, false)
 	var buckets, conclusive, inconclusive atomic.Int64
-	t.Run("programs", func(t *testing.T) {
+	programs := func(t *testing.T) {
 		for i := range parallel {
 			conns := make([]*client, 3)
 			for j := range conns {
@@ -750,7 +750,11 @@ func testModel(t *testing.T, servers int, both bool) {
 				})
 			})
 		}
-	})
+	}
+	t.Run("programs", programs)
+	if conclusive.Load() == 0 { // on a busy machine
+		t.Run("programs again", programs)
+	}
 	t.Logf("%d programs, %d were too slow to tell", conclusive.Load(), inconclusive.Load())
 	if conclusive.Load() == 0 {
 		t.Error("every program was too slow to tell")

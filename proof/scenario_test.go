@@ -422,14 +422,14 @@ var scenarios = []scenario{
 		l.keys, l.lockers = 2, 2
 	}},
 	{name: "one-server-operators", servers: 1, fault: operate(
-		changeHistory, setMaxAge, mirror, stepBack), adjust: func(l *load) { l.ages = true }},
+		raiseHistory, setMaxAge, mirror, stepBack), adjust: func(l *load) { l.ages = true }},
 	{name: "one-server-account", servers: 1, account: true, adjust: limited, fault: anything(
 		deny("$KV.proof.>"), deny("$KV.proof-locks.>"), deny("$JS.API.STREAM.>"), deny("$JS.API.CONSUMER.>"), deny("$JS.API.DIRECT.>"),
 		replaceCredentials, limit("max_file: 1K, max_memory: 1K"), limit("max_file: 1G, max_memory: 1G, max_consumers: 1"),
 		setting("max_msg_size", 10), setting("max_msgs", 1), setting("max_bytes", 1),
 	)},
 	{name: "three-servers-operators", servers: 3, fault: operate(
-		replicas, changeHistory, setMaxAge, mirror, stepBack), adjust: func(l *load) { l.ages = true }},
+		replicas, raiseHistory, setMaxAge, mirror, stepBack), adjust: func(l *load) { l.ages = true }},
 	{name: "three-servers-far", servers: 3, distance: far, adjust: atADistance},
 	{name: "three-servers-traffic", servers: 3, beside: traffic, adjust: func(l *load) { l.timers = 4 }},
 	{name: "one-server-restarts", servers: 1, fault: restart(false)},

@@ -112,10 +112,13 @@ func TestIsolatedLeader(t *testing.T) {
 	if err := outside.Put(agent, []byte("first"), 12*time.Second); err != nil {
 		t.Fatal(err)
 	}
+	var born time.Time
 	for _, watch := range watches {
-		if ev := <-watch; ev == nil || ev.Operation != state.OpPut {
+		ev := <-watch
+		if ev == nil || ev.Operation != state.OpPut {
 			t.Fatalf("%v instead of a put", ev)
 		}
+		born = ev.Created
 	}
 
 	cut := time.Now()
@@ -138,7 +141,7 @@ func TestIsolatedLeader(t *testing.T) {
 		for outside.Put(agent, []byte("refreshed"), 2*time.Minute) != nil && time.Since(cut) < 11*time.Second {
 		}
 		entry, err := outside.GetKeyValue(agent)
-		if inTime = err == nil && !entry.Created.Equal(entry.Modified); !inTime {
+		if inTime = err == nil && entry.Created.Equal(born); !inTime {
 			found = fmt.Sprintf("%+v, %v", entry, err)
 			if err := eventually(20*time.Second, func() error { return outside.Put(agent, []byte("written anew"), 2*time.Minute) }); err != nil {
 				held <- err

@@ -643,7 +643,7 @@ func (l *load) hold(ctx context.Context, client int, name string, ttl time.Durat
 	l.lock(client, name, lockInput{lockTake, g.token}, call, ret, false)
 	l.grant(name, g)
 	l.lockCycles.Add(1)
-	if ret >= g.until {
+	if ret >= g.until+int64(l.slack()) {
 		// Its lease was counted from the call or, if that took several attempts,
 		// from a later one. A refresh that comes too late without having asked
 		// anybody shows that the lock had lapsed when it was handed out.
