@@ -226,20 +226,19 @@ func TestExpiryIsExact(t *testing.T) {
 				kv, err = s.GetKeyValue(key)
 				return err == nil
 			}, "the entry")
+			var seen time.Time // when it was asked for last and still there
 			for {
 				asked := time.Now()
-				_, err := s.Get(key)
-				if err == nil {
-					continue
+				if _, err := s.Get(key); err != nil {
+					break
 				}
-				now := time.Now()
-				deadline := kv.Modified.Add(ttl)
-				assert.False(t, now.Before(deadline), "%v is gone %v early", ttl, deadline.Sub(now))
-				mu.Lock()
-				late = append(late, asked.Sub(deadline))
-				mu.Unlock()
-				return
+				seen = asked
 			}
+			now, deadline := time.Now(), kv.Modified.Add(ttl)
+			assert.False(t, now.Before(deadline), "%v is gone %v early", ttl, deadline.Sub(now))
+			mu.Lock()
+			late = append(late, seen.Sub(deadline))
+			mu.Unlock()
 		})
 	}
 	wg.Wait()
@@ -359,7 +358,7 @@ func clockSetBack(t *testing.T, s, other *NATSStore, ttl time.Duration) (inTime 
 	} {
 		setBack()
 		err := check(key(name))
-		if time.Since(began) >= ttl {
+		if time.Since(began) >= min(ttl, time.Duration(decisionMargin)) {
 			return false // too late to tell anything
 		}
 		assert.NoError(t, err, "what is to be %s", name)
@@ -370,7 +369,7 @@ func clockSetBack(t *testing.T, s, other *NATSStore, ttl time.Duration) (inTime 
 		time.Sleep(10 * time.Millisecond)
 	}
 	if told := r.count(); time.Since(began) < ttl {
-		assert.Equal(t, 1, told, "only the Put")
+		assert.LessOrEqual(t, told, 1, "only the Put")
 	}
 	eventually(t, func() bool { return r.count() == 2 }, "the expiry")
 	return true
@@ -701,13 +700,18 @@ func TestReplacedBesideMarkers(t *testing.T) {
 	var wg sync.WaitGroup
 	for w := range 50 {
 		s := stores[w%3]
+		first := make(chan struct{})
 		wg.Go(func() {
 			for i := w; i < keys; i += 50 {
 				_, err := kv.Create(ctx, fmt.Sprintf("k.%d", i), []byte("theirs"), jetstream.KeyTTL(time.Second))
 				assert.NoError(t, err)
+				if i == w {
+					close(first)
+				}
 			}
 		})
 		wg.Go(func() {
+			<-first
 			time.Sleep(time.Second + time.Duration(w)*5*time.Millisecond)
 			for i := w; i < keys; i += 50 {
 				assert.NoError(t, s.Put(fmt.Sprintf("k.%d", i), []byte("ours"), 0))

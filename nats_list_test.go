@@ -205,7 +205,7 @@ func TestLargeListingWithHistory(t *testing.T) {
 // does not get in time, so the watches of a store do not ask for much at once.
 func TestWatchesOverANarrowLink(t *testing.T) {
 	t.Parallel()
-	srv := startServer(t, func(o *server.Options) { o.WriteDeadline = time.Second }) // by default, ten
+	srv := startServer(t, func(o *server.Options) { o.WriteDeadline = 2 * time.Second }) // by default, ten
 	near, far, p := openNearAndFar(t, srv, distance{rtt: 2 * time.Millisecond})
 	const keys, patterns = 10, 6
 	var watches []*observer

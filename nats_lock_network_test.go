@@ -110,6 +110,7 @@ func TestNextAmongManyWaiters(t *testing.T) {
 		_, err := monitor.Subscribe(subject, func(*nats.Msg) { asked.Add(1) })
 		require.NoError(t, err)
 	}
+	require.NoError(t, monitor.Flush())
 	open := func() *NATSStore {
 		return openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
 	}
@@ -155,7 +156,7 @@ func TestNextAmongManyWaiters(t *testing.T) {
 	}
 	eventually(t, func() bool { return asked.Load() >= waiters }, "they have all looked")
 	least := map[bool]int64{true: math.MaxInt64, false: math.MaxInt64} // on a busy machine the chosen one can be late
-	for i, dies := range []bool{false, true, false, true} {
+	for i, dies := range []bool{false, true, false, true, false, true} {
 		require.NoError(t, monitor.Flush())
 		before := asked.Load()
 		if dies {
@@ -256,24 +257,32 @@ func TestWaitEndsDuringAnAttempt(t *testing.T) {
 	far, _ := connectAt(t, srv.ClientURL(), distance{rtt: 400 * time.Millisecond})
 	s := openStore(t, NATSStoreConfig{Conn: far, Bucket: "b"})
 	near := connect(t, srv.ClientURL())
-	holder := mustLock(t, openStore(t, NATSStoreConfig{Conn: near, Bucket: "b"}), "l", time.Minute)
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	failed := make(chan error, 1)
-	go func() {
-		_, err := Acquire(ctx, s, "l", time.Minute)
-		failed <- err
-	}()
-	eventually(t, func() bool { return s.locks.waits.waiting("l") }, "it waits")
-	_, err := near.Subscribe("$KV.b-locks.l", func(msg *nats.Msg) {
-		if len(msg.Data) > 0 {
-			cancel() // its answer takes another 200 ms
-		}
-	})
-	require.NoError(t, err)
-	require.NoError(t, near.Flush())
-	require.NoError(t, holder.Unlock())
-	err = <-failed
+	var err error
+	for attempts := 1; err == nil; attempts++ {
+		require.LessOrEqual(t, attempts, 5, "its answer was there before the end of its context")
+		holder := mustLock(t, openStore(t, NATSStoreConfig{Conn: near, Bucket: "b"}), "l", time.Minute)
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		failed := make(chan error, 1)
+		go func() {
+			lock, err := Acquire(ctx, s, "l", time.Minute)
+			if err == nil {
+				assert.NoError(t, lock.Unlock())
+			}
+			failed <- err
+		}()
+		eventually(t, func() bool { return s.locks.waits.waiting("l") }, "it waits")
+		sub, failure := near.Subscribe("$KV.b-locks.l", func(msg *nats.Msg) {
+			if len(msg.Data) > 0 {
+				cancel() // its answer takes another 200 ms
+			}
+		})
+		require.NoError(t, failure)
+		require.NoError(t, near.Flush())
+		require.NoError(t, holder.Unlock())
+		err = <-failed
+		require.NoError(t, sub.Unsubscribe())
+	}
 	assert.ErrorIs(t, err, ErrOutcomeUnknown)
 	assert.ErrorIs(t, err, context.Canceled)
 	// The attempt has acquired the lock, which the store gives back.
@@ -318,7 +327,7 @@ func TestWaitAfterAnOutage(t *testing.T) {
 	srv.start(t)
 	t.Cleanup(func() { stopServer(srv.Server) })
 	at := <-acquired
-	assert.Less(t, at.Sub(held), ttl+4*time.Second)
+	assert.Less(t, at.Sub(held), ttl+7*time.Second) // ttl+3 s on a quiet machine
 }
 
 // TestWaitersOfAProcessAskOnce: however many wait for a lock in one store, they
@@ -399,12 +408,10 @@ func holdAmongWaiters(t *testing.T, s Store, lock string) (kept bool) {
 		}
 		return nil
 	})
-	if kept {
-		require.NoError(t, err)
-	} else {
+	if !kept {
 		require.Error(t, err)
 	}
-	return kept
+	return kept && err == nil // or it was lost in the end
 }
 
 // TestWaitersDoNotGiveUp: whoever waits for a lock waits until its context ends.
@@ -858,9 +865,9 @@ func startProcessCluster(t testing.TB) []*process {
 			return err == nil
 		}, "the server process starts")
 		eventually(t, func() bool {
-			_, err := nc.Request("$JS.API.STREAM.CREATE.probe", []byte(`{"name":"probe","subjects":["probe"],"num_replicas":3}`), 5*time.Second)
-			return err == nil
-		}, "an answer")
+			answer, err := nc.Request("$JS.API.STREAM.CREATE.probe", []byte(`{"name":"probe","subjects":["probe"],"num_replicas":3}`), 5*time.Second)
+			return err == nil && !strings.Contains(string(answer.Data), `"error"`)
+		}, "a stream")
 		require.True(t, within(30*time.Second, func() bool {
 			answer, err := nc.Request("$JS.API.STREAM.INFO.probe", nil, 5*time.Second)
 			return err == nil && strings.Count(string(answer.Data), `"current":true`) == 2

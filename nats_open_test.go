@@ -250,9 +250,9 @@ func TestDefaultTTL(t *testing.T) {
 	nc := connect(t, startServer(t, nil).ClientURL())
 	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b", TTL: 200 * time.Millisecond})
 	events := mustWatch(t, s, "*")
-	require.NoError(t, s.Put("default", nil, 0))
 	require.NoError(t, s.Put("own", nil, time.Hour))
-	for _, want := range []string{"put default", "put own", "delete default"} {
+	require.NoError(t, s.Put("default", nil, 0))
+	for _, want := range []string{"put own", "put default", "delete default"} {
 		assert.Equal(t, want, brief(receive(t, events)))
 	}
 
@@ -357,9 +357,9 @@ func TestMarkerBucket(t *testing.T) {
 	s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: "b"})
 	assert.Equal(t, before, configOf(t, nc, "KV_b"))
 	events := mustWatch(t, s, "*")
-	_, err = kv.Create(ctx, "theirs", []byte("v"), jetstream.KeyTTL(time.Second))
+	_, err = kv.Create(ctx, "theirs", []byte("v"), jetstream.KeyTTL(2*time.Second))
 	require.NoError(t, err)
-	require.NoError(t, s.Put("ours", nil, 1500*time.Millisecond))
+	require.NoError(t, s.Put("ours", nil, 4*time.Second))
 	first, second := receive(t, events), receive(t, events)
 	expiry := receive(t, events)
 	assert.Equal(t, "delete theirs", brief(expiry))

@@ -185,7 +185,7 @@ func stalled(t *testing.T) (*NATSStore, *logbook, *proxy) {
 func TestLogOfASlowRequest(t *testing.T) {
 	t.Parallel()
 	s, book, _ := stalled(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 2500*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 4500*time.Millisecond)
 	defer cancel()
 	err := s.WithContext(ctx).Put("k", nil, 0)
 	require.ErrorIs(t, err, ErrOutcomeUnknown)
@@ -278,7 +278,7 @@ func contextOnAStalledLink(t *testing.T, up bool) {
 	// A hundred calls are a hundred goroutines: their callers'. Other tests start and
 	// end some at times.
 	fewest := math.MaxInt
-	for round := 0; round < 10 && fewest >= 150; round++ {
+	for round := 0; round < 50 && fewest >= 150; round++ {
 		before := runtime.NumGoroutine()
 		ctx, cancel := context.WithCancel(context.Background())
 		var wg sync.WaitGroup
@@ -329,11 +329,17 @@ func TestAnswerThatIsHere(t *testing.T) {
 // TestCloseOnAStalledLink: Close ends what is under way promptly.
 func TestCloseOnAStalledLink(t *testing.T) {
 	t.Parallel()
-	t.Run("up", func(t *testing.T) { t.Parallel(); closeOnAStalledLink(t, true) })
-	t.Run("dialling", func(t *testing.T) { t.Parallel(); closeOnAStalledLink(t, false) })
+	const limit = 1500 * time.Millisecond
+	for name, up := range map[string]bool{"up": true, "dialling": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			assert.Less(t, soonest(3, limit, func(int) time.Duration { return closeOnAStalledLink(t, up) }), limit)
+		})
+	}
 }
 
-func closeOnAStalledLink(t *testing.T, up bool) {
+// closeOnAStalledLink returns how long it takes for Close and all calls to end.
+func closeOnAStalledLink(t *testing.T, up bool) time.Duration {
 	t.Helper()
 	s, _, p := stalled(t)
 	if !up {
@@ -358,7 +364,7 @@ func closeOnAStalledLink(t *testing.T, up bool) {
 		assert.ErrorIs(t, err, ErrClosed) // in doubt or not: some only looked at the key
 	}
 	assert.ErrorIs(t, <-waits, ErrClosed)
-	assert.Less(t, time.Since(began), 1500*time.Millisecond)
+	return time.Since(began)
 }
 
 // TestStats: the counters are exact where nothing else happens.

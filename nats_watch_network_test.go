@@ -275,7 +275,7 @@ func TestWatchPurgedByHand(t *testing.T) {
 				}
 				require.NoError(t, s.Put("k.last", nil, 0))
 				eventually(t, func() bool { return watch.last("k.last") != nil }, "the last event")
-				time.Sleep(500 * time.Millisecond) // the watch may still be reading what existed
+				listedFeed(t, s, pattern{"k.", true})
 				stream, err := newJetStream(t, nc).Stream(context.Background(), "KV_b")
 				require.NoError(t, err)
 				require.NoError(t, stream.Purge(context.Background(), c.purge...))
@@ -529,7 +529,7 @@ func TestWatchOpensAtOnce(t *testing.T) {
 	for _, size := range sizes {
 		bucket := newBucketName()
 		// So far away that what is asked for after Watch has not come yet.
-		nc, _ := connectAt(t, srv.ClientURL(), distance{rtt: 40 * time.Millisecond})
+		nc, _ := connectAt(t, srv.ClientURL(), distance{rtt: 400 * time.Millisecond})
 		s := openStore(t, NATSStoreConfig{Conn: nc, Bucket: bucket})
 		fillBucket(t, nc, bucket, "k.", size)
 		require.NoError(t, s.Put("last", nil, 0))

@@ -100,7 +100,7 @@ func TestManyClientsPutOneKey(t *testing.T) {
 				if !assert.LessOrEqual(t, requests, 3) {
 					return
 				}
-				assert.Less(t, time.Since(began), 2*time.Second)
+				assert.Less(t, time.Since(began), 4*time.Second)
 			}
 		})
 	}
@@ -420,7 +420,7 @@ func TestUpdateOfExpired(t *testing.T) {
 		require.NoError(t, err)
 		kv := mustGet(t, s, key)
 		assert.Equal(t, created, kv.Revision)
-		assert.True(t, kv.Created.Equal(kv.Modified), "it came into being anew")
+		assert.False(t, kv.Created.Before(r.deadline.time()), "it came into being anew")
 	}
 }
 
@@ -504,13 +504,13 @@ func TestNarrowLinkToReplicas(t *testing.T) {
 	p.move(distance{rtt: 2 * time.Millisecond, bandwidth: 375 << 10})
 	// A server that is busy can be slower to answer than to pass on a ping. That does
 	// not happen each time.
-	eventually(t, func() bool {
+	require.True(t, within(time.Minute, func() bool {
 		before := sentTo(t, c.servers[1], nc)
 		requests := spent(s, func() { getAtOnce(t, s, "shared", gets, size) })
 		sent := sentTo(t, c.servers[1], nc) - before
 		t.Logf("%d requests and %d bytes for %d Gets", requests, sent, gets)
 		return requests == gets && sent < 11*gets*one/10
-	}, "a round of Gets in which nothing was asked for again")
+	}), "a round of Gets in which nothing was asked for again")
 
 	// Far away, answers are late, and no reason to ask again, except once: see above.
 	p.move(distance{rtt: 700 * time.Millisecond})
