@@ -493,7 +493,7 @@ var acquireCases = []conformanceCase{
 		require.NoError(t, first.Unlock())
 		wg.Wait()
 	}},
-	{"acquire-errors", "when ctx ends Acquire returns the bare ErrLockHeld if somebody held the lock to the last, else an error that wraps the context's", func(t *testing.T, dial func() Store) {
+	{"acquire-errors", "when ctx ends Acquire returns the bare ErrLockHeld if somebody held the lock when it last looked, else an error that wraps the context's", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		l := mustLock(t, a, "l", time.Minute)
 		require.NoError(t, mustLock(t, b, "first", time.Minute).Unlock()) // which opens what holds the locks

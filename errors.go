@@ -14,7 +14,8 @@ var (
 	ErrNotFound = errors.New("key not found")
 
 	// ErrClosed is returned by every method of a store after Close, except Close
-	// itself, and by calls that Close ends; the error of a write in doubt wraps it.
+	// itself, and by calls that Close ends; the error of a write in doubt wraps it,
+	// and so does that of an Acquire or WithLock one of whose attempts is in doubt.
 	// Unlock still works.
 	ErrClosed = errors.New("store closed")
 

@@ -95,8 +95,7 @@ func TestStoresThatEmbed(t *testing.T) {
 	require.Equal(t, space+"l", l.Key())
 }
 
-// losing is a store whose first Lock fails, and whose second one is granted, but the
-// answer lost.
+// losing is a store whose Locks fail with these errors.
 type losing struct {
 	*MemoryStore
 	errs []error

@@ -15,6 +15,8 @@ const (
 	minRenewal = time.Millisecond
 	// deleteTimeout is how long KeepAlive tries to delete its key.
 	deleteTimeout = 5 * time.Second
+	// maxInDoubt is how many writes of unknown outcome KeepAlive remembers at most.
+	maxInDoubt = 16
 )
 
 // KeepAlive keeps a key alive until ctx ends: it writes the key at once and then
@@ -82,7 +84,7 @@ type keptKey struct {
 	// current is the revision to write on, if known is true.
 	current uint64
 	known   bool
-	// inDoubt has the values of the writes whose fate is not known, each once.
+	// inDoubt has the values of the last writes whose fate is not known, each once.
 	inDoubt [][]byte
 }
 
@@ -103,6 +105,7 @@ func (k *keptKey) write(store Store, ttl time.Duration, value func() []byte) err
 		k.known = false
 		if !k.doubts(next) {
 			k.inDoubt = append(k.inDoubt, bytes.Clone(next))
+			k.inDoubt = k.inDoubt[max(0, len(k.inDoubt)-maxInDoubt):]
 		}
 	}
 	return err

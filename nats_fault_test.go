@@ -307,7 +307,7 @@ func clockSetBack(t *testing.T, s, other *NATSStore, ttl time.Duration) (inTime 
 	if err == nil {
 		_, err = other.Lock(key("held"), ttl)
 	}
-	time.Sleep(ttl / 5)
+	time.Sleep(min(ttl/5, 150*time.Millisecond))
 	if time.Since(began) >= ttl {
 		return false
 	}

@@ -127,8 +127,9 @@ type Store interface {
 	// WithContext returns the same store bound to ctx, in place of any context
 	// it was bound to before. Every call ends when ctx ends, with an error that
 	// wraps the context's error (and ErrOutcomeUnknown, if it may have written),
-	// and so do the watches. For a lock, ctx bounds the acquisition and Refresh;
-	// Unlock still works after ctx has ended. Close closes the store itself. It
+	// and so do the watches. For a lock, ctx bounds the acquisition and Refresh
+	// (but one whose answer came after the lease had lapsed may take five seconds
+	// more to give it back); Unlock still works after ctx has ended. Close closes the store itself. It
 	// costs no goroutine and no request.
 	WithContext(ctx context.Context) Store
 }

@@ -12,7 +12,7 @@ import (
 // A lockWaiter is a store that can wait for a lock without polling.
 type lockWaiter interface {
 	// awaitLock waits for a lock until ctx ends. It returns ErrLockHeld if
-	// somebody still held the lock then, and any other error of Lock at once. ctx
+	// somebody held the lock when it last looked, and any other error of Lock at once. ctx
 	// does not bound the Refresh of the lock.
 	awaitLock(ctx context.Context, key string, ttl time.Duration) (Lock, error)
 }

@@ -138,8 +138,9 @@ func (c Calls) LoseRequest() *Rule {
 // ApplyLate is LoseAnswer, but a write is applied only d after the call has
 // failed, at most ten seconds. An Update or DeleteRevision is applied only if
 // its revision is still the current one, and one of revision 0 only if the key has
-// not existed since; a Put or Delete in any case; a Lock, Refresh or Unlock only if
-// the lock has not changed since. ApplyLate on Unlock releases the lock late.
+// not existed since; a Put or Delete in any case; a Refresh or Unlock only if the lock
+// has not changed since, and a Lock only if this Store has not changed it. ApplyLate
+// on Unlock releases the lock late.
 func (c Calls) ApplyLate(d time.Duration) *Rule { return c.rule(late(d)) }
 
 func late(d time.Duration) effect {

@@ -534,7 +534,7 @@ func (s *core) later(c *call, after time.Duration, apply func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		return
+		return // and with it the store below, and what is open there
 	}
 	s.active.Add(1)
 	var timer *time.Timer
