@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -36,9 +37,41 @@ type cluster struct {
 	distance func() distance // of the next client; nil for none
 	options  func() []nats.Option
 
+	journal journal
+
 	mu      sync.Mutex // guards what follows
 	clients []*client
 	links   [][]*proxy
+}
+
+// A journal keeps what stores log.
+type journal struct {
+	mu     sync.Mutex // guards what follows
+	lines  []string
+	stores int
+}
+
+// Write keeps a line.
+func (j *journal) Write(line []byte) (int, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.lines = append(j.lines, string(line))
+	return len(line), nil
+}
+
+// logger returns a logger for one more store.
+func (j *journal) logger() *slog.Logger {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.stores++
+	return slog.New(slog.NewTextHandler(j, nil)).With("store", j.stores-1)
+}
+
+// String returns what was logged last.
+func (j *journal) String() string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return strings.Join(j.lines[max(0, len(j.lines)-300):], "")
 }
 
 // A node is one server, which can be stopped and started again.
@@ -338,8 +371,9 @@ func (c *cluster) open(bucket string) (s state.Store, again func() (state.Store,
 	if err != nil {
 		return nil, nil, err
 	}
+	logger := c.journal.logger()
 	again = func() (state.Store, error) {
-		return state.NewNATSStore(state.NATSStoreConfig{Conn: cl.nc, Bucket: bucket, Replicas: len(c.nodes)})
+		return state.NewNATSStore(state.NATSStoreConfig{Conn: cl.nc, Bucket: bucket, Replicas: len(c.nodes), Logger: logger})
 	}
 	err = eventually(20*time.Second, func() error {
 		s, err = again()

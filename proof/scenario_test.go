@@ -381,6 +381,7 @@ func (l *load) explain(t *testing.T, broken []string, f *trouble) {
 	t.Helper()
 	if f != nil {
 		t.Logf("faults:\n  %s", strings.Join(f.told, "\n  "))
+		t.Logf("began at %v; what the stores logged:\n%s", l.began.Format(time.RFC3339Nano), &f.cluster.journal)
 	}
 	shown := map[string]bool{}
 	for _, text := range broken {

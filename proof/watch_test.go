@@ -333,17 +333,20 @@ func (w *watched) differs(l *load, final map[string]*state.KeyValue) error {
 	if w.ended {
 		return fmt.Errorf("it has ended")
 	}
+	var wrong []string
 	for key, kv := range final {
 		if !state.MatchPattern(w.pattern, key) || key[:3] == "ttl" {
 			continue
 		}
 		told := w.events[key]
 		if len(told) == 0 {
-			return fmt.Errorf("%s, which is at revision %d, was not reported", key, kv.Revision)
+			wrong = append(wrong, fmt.Sprintf("%s, which is at revision %d, was not reported", key, kv.Revision))
+		} else if last := told[len(told)-1]; last.Revision != kv.Revision || last.Operation != state.OpPut {
+			wrong = append(wrong, fmt.Sprintf("%s is at revision %d, the last event was %v %d", key, kv.Revision, last.Operation, last.Revision))
 		}
-		if last := told[len(told)-1]; last.Revision != kv.Revision || last.Operation != state.OpPut {
-			return fmt.Errorf("%s is at revision %d, the last event was %v %d", key, kv.Revision, last.Operation, last.Revision)
-		}
+	}
+	if len(wrong) > 0 {
+		return errors.New(strings.Join(wrong, "; "))
 	}
 	for key, told := range w.events {
 		last := told[len(told)-1]
