@@ -52,6 +52,9 @@ type consumerInfo struct {
 		Count uint64 `json:"consumer_seq"`
 		Seq   uint64 `json:"stream_seq"`
 	} `json:"delivered"`
+	Cluster struct {
+		Server string `json:"leader"` // where the consumer lives
+	} `json:"cluster"`
 }
 
 // A consumerConfig is what we need of a JetStream consumer's configuration.
@@ -73,14 +76,30 @@ type consumption struct {
 	filter      string // the subjects
 	from        uint64 // the first sequence; 0 for the stream's first one
 	headersOnly bool
+	avoid       string        // a server that it is not to live on; "" for none
 	batch       int           // how many messages may be under way
 	life        time.Duration // how long the server keeps it when nobody asks any more
 }
 
-// consume makes a consumer. It costs one request.
+// maxPlacements is how many consumers are made until one is not on the server to avoid.
+const maxPlacements = 10
+
+// consume makes a consumer. It costs one request, and two more each time that the
+// servers, which choose at random, put it on the one to avoid.
+func (b *bucket) consume(budget *retryBudget, want consumption) (*consumer, error) {
+	for n := 1; ; n++ {
+		c, err := b.makeConsumer(budget, want)
+		if err != nil || want.avoid == "" || c.info.Cluster.Server != want.avoid || n == maxPlacements {
+			return c, err
+		}
+		c.stop()
+	}
+}
+
+// makeConsumer makes a consumer on any server.
 //
 // The answer comes on the consumer's own subscription, which shows that it works.
-func (b *bucket) consume(budget *retryBudget, want consumption) (*consumer, error) {
+func (b *bucket) makeConsumer(budget *retryBudget, want consumption) (*consumer, error) {
 	c := &consumer{
 		b: b, name: rand.Text(), batch: want.batch, mail: make(chan *nats.Msg, want.batch+statusRoom),
 		bytes: b.maxPayload() + headerRoom + 2*maxKeyLen,

@@ -109,7 +109,8 @@ type attachment struct {
 	lastContact   time.Time // when something came last
 	lastContactAt timestamp // the same by the server's clock, which no pause of ours stops
 
-	suspected bool // it is being found out whether the link is just slow
+	suspected bool   // it is being found out whether the link is just slow
+	laggard   string // the server that the source was on when it was given up because that lags
 
 	readSeq      uint64    // how far the consumer has read the stream
 	lastReadSeq  uint64    // and how far when it was last seen to make progress
@@ -257,50 +258,63 @@ type newSource struct {
 // attach connects the feed to the stream: the first time from now on, else from
 // where it was.
 func (f *feed) attach() {
-	first, cursor, created, lastContactAt, maxCut := f.created.IsZero(), f.cursor, f.created, f.lastContactAt, f.maxCut
+	from := origin{f.created.IsZero(), f.cursor, f.created, f.lastContactAt, f.maxCut, f.laggard}
 	f.b.start(func() {
-		a, err := f.connect(first, cursor, created, lastContactAt, maxCut)
+		a, err := f.connect(from)
 		if !f.post(func() { f.attached(a, err) }) && a.source != nil {
 			a.source.stop()
 		}
 	})
 }
 
+// An origin is where a feed attaches, as its fields were then.
+type origin struct {
+	first         bool // from now on
+	cursor        uint64
+	created       time.Time
+	lastContactAt timestamp
+	maxCut        time.Duration
+	laggard       string
+}
+
 // connect makes the consumer, also if the connection is lost meanwhile. It owns
 // nothing of the feed.
-func (f *feed) connect(first bool, cursor uint64, created time.Time, lastContactAt timestamp, maxCut time.Duration) (a newSource, err error) {
+func (f *feed) connect(from origin) (a newSource, err error) {
 	budget := newBudget(f.ctx)
 	for {
-		if a, err = f.tryToConnect(budget, first, cursor, created, lastContactAt, maxCut); err == nil || !passing(err) || !f.b.wait(budget) {
+		if a, err = f.tryToConnect(budget, from); err == nil || !passing(err) || !f.b.wait(budget) {
 			return a, err
 		}
 		f.b.retrying(budget, f.b.filter(f.pattern))
 	}
 }
 
-func (f *feed) tryToConnect(budget *retryBudget, first bool, cursor uint64, created time.Time, lastContactAt timestamp, maxCut time.Duration) (a newSource, err error) {
+func (f *feed) tryToConnect(budget *retryBudget, from origin) (a newSource, err error) {
 	if a.epoch, err = f.b.connected(budget); err != nil {
 		return a, err
 	}
 	if a.info, err = f.b.info(budget); err != nil {
 		return a, err
 	}
+	maxCut := from.maxCut
 	if maxAge := a.info.config.MaxAge; maxAge > 0 {
 		maxCut = min(maxCut, maxAge)
 	}
 	switch {
-	case first:
-		cursor = a.info.State.LastSeq
-	case !created.Equal(a.info.Created):
+	case from.first:
+		from.cursor = a.info.State.LastSeq
+	case !from.created.Equal(a.info.Created):
 		return a, errBucketGone
-	case a.info.State.LastSeq < cursor && f.b.replicated():
+	case a.info.State.LastSeq < from.cursor && f.b.replicated():
 		return a, errStaleLeader
-	case a.info.State.LastSeq < cursor:
+	case a.info.State.LastSeq < from.cursor:
 		return a, errBucketGone
-	case timestamp(a.info.Now.UnixNano())-lastContactAt > timestamp(maxCut):
+	case timestamp(a.info.Now.UnixNano())-from.lastContactAt > timestamp(maxCut):
 		return a, errCutTooLong
 	}
-	a.source, err = f.b.consume(budget, consumption{filter: f.b.filter(f.pattern), from: cursor + 1, batch: watchBatch, life: watchLife})
+	a.source, err = f.b.consume(budget, consumption{
+		filter: f.b.filter(f.pattern), from: from.cursor + 1, avoid: from.laggard, batch: watchBatch, life: watchLife,
+	})
 	return a, err
 }
 
@@ -385,8 +399,15 @@ func (f *feed) later(d time.Duration, do func()) {
 	})
 }
 
+// itLags is a reason to give a source up: another one on the same server would lag, too.
+const itLags = "the consumer's server lags behind the leader"
+
 // cutOff gives the source up and attaches again.
 func (f *feed) cutOff(reason string) {
+	f.laggard = ""
+	if reason == itLags && f.source != nil && f.b.replicated() {
+		f.laggard = f.source.info.Cluster.Server
+	}
 	f.detach()
 	f.cut = time.Now()
 	f.b.stats.cuts.Add(1)
@@ -432,7 +453,7 @@ func (f *feed) checkHealth() {
 		f.suspect("no heartbeat", func() bool { return time.Since(f.lastContact) > maxSilence })
 		return
 	case f.lags():
-		f.suspect("the consumer's server lags behind the leader", f.lags)
+		f.suspect(itLags, f.lags)
 		return
 	}
 	if len(f.unconfirmed) > 0 {

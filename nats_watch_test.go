@@ -934,6 +934,41 @@ func TestExpiryNeedsAMajority(t *testing.T) {
 	})
 }
 
+// TestLaggardIsAvoided: a feed whose consumer was on a server that lags behind the
+// leader attaches to one on another server. The server that lags may do so for long.
+func TestLaggardIsAvoided(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster")
+	}
+	t.Parallel()
+	c := startCluster(t)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[0].ClientURL()), Bucket: "b", Replicas: 3})
+	f, w := joinFeed(t, s)
+	server := func() (name string) {
+		eventually(t, func() bool {
+			return f.holds(func() bool {
+				if f.source != nil {
+					name = f.source.info.Cluster.Server
+				}
+				return f.source != nil
+			})
+		}, "it is attached")
+		return name
+	}
+	same := 0
+	for range 40 {
+		lagged := server()
+		require.NotEmpty(t, lagged)
+		require.True(t, f.post(func() { f.cutOff(itLags) }))
+		if server() == lagged {
+			same++ // the servers choose at random, so this is possible
+		}
+	}
+	assert.LessOrEqual(t, same, 4)
+	require.NoError(t, s.Put("k", nil, 0))
+	eventually(t, func() bool { ev, _, _ := w.next(); return ev != nil && ev.Key == "k" }, "an event")
+}
+
 // TestGaps: a feed notices that the server had no request of it for so long that a
 // value may have come and gone.
 func TestGaps(t *testing.T) {

@@ -107,6 +107,7 @@ var suite = map[string]string{
 	"marked":           ". -run ^TestExpiryMarkedNearTheOpening$",
 	"missed":           ". -run ^TestExpiryOfWhatWasMissed$",
 	"gaps":             ". -run ^TestGaps$",
+	"laggard":          ". -run ^TestLaggardIsAvoided$",
 	"majority":         ". -run ^TestExpiryNeedsAMajority$",
 	"on-replicas":      ". -run ^TestExpiriesOnReplicas$",
 	"free-for-others":  ". -run ^TestExpiriesOnReplicas$/^over_what_lives_longer$",
@@ -407,7 +408,7 @@ var mutations = []mutation{
 		{"		d.removeLocked(it, it.revision, it.deadline)\n", "		delete(d.items, it.key)\n		d.keys.remove(it.key)\n"},
 	}, []string{"memory-model", inMemory, oneServer}},
 	{"watch-forgets-what-it-missed", []edit{
-		{"from: cursor + 1, batch", "from: a.info.State.LastSeq + 1, batch"},
+		{"from: from.cursor + 1, avoid", "from: a.info.State.LastSeq + 1, avoid"},
 	}, []string{"load one-server-clients-cut"}},
 	{"watch-reports-early-expiries", []edit{
 		{"f.due(timestamp(info.Now.UnixNano()), f.window, altered)", "f.due(timestamp(info.Now.UnixNano())+1e9, f.window, altered)"},
@@ -430,6 +431,7 @@ var mutations = []mutation{
 	{"expiry-of-what-was-replaced", []edit{{"	if r.deleted && r.expired != 0 {\n", "	if false {\n"}}, []string{"missed", "marked"}},
 	{"expiry-of-what-was-missed", []edit{{"r.base == t.revision && t.deadline", "t.deadline"}}, []string{"missed"}},
 	{"expiry-after-a-cut", []edit{{"(replicated || missed)", "replicated"}}, []string{"missed"}},
+	{"laggards-are-not-avoided", []edit{{"want.avoid == \"\" || c.info.Cluster.Server != want.avoid || ", "true || "}}, []string{"laggard"}},
 	{"gaps-are-not-counted", []edit{{"		f.gaps++\n	}\n	f.idle", "	}\n	f.idle"}}, []string{"gaps"}},
 	{"expiry-of-what-is-listed", []edit{{"		q.mark = prove // whether it is gone\n", "		q.mark = prove && !over\n"}}, []string{"majority"}},
 	{"expiry-on-the-word-of-an-old-leader", []edit{{"	maxDoubts = 30\n", "	maxDoubts = 0\n"}}, []string{"majority"}},
