@@ -386,7 +386,8 @@ func (w *watched) checkComplete(l *load) {
 				gone = is.call + int64(is.ttl)
 			}
 			for _, other := range writes {
-				if other != is && !other.refused && other.ret > is.call {
+				// In a bubble several may be written at the same time.
+				if other != is && !other.refused && other.ret >= is.call {
 					gone = min(gone, other.call)
 				}
 			}
