@@ -109,6 +109,17 @@ func failing(s Store, op string, errs ...error) meddler {
 	}}
 }
 
+// failingFive returns a meddler all of whose calls fail. The fifth one calls cancel.
+func failingFive(s Store, cancel func()) meddler {
+	tries := 0
+	return meddler{Store: s, fail: func(string, string) error {
+		if tries++; tries == 5 {
+			cancel()
+		}
+		return errOutage
+	}}
+}
+
 var functionCases = []conformanceCase{
 	{"modify", "Modify writes what fn makes of the entry, or of nil if the key does not exist, and returns the new revision", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
@@ -553,13 +564,7 @@ var acquireCases = []conformanceCase{
 		require.NoError(t, err)
 		require.NoError(t, l.Unlock())
 		ctx, cancel := context.WithCancel(context.Background())
-		tries := 0
-		_, err = Acquire(ctx, meddler{Store: s, fail: func(string, string) error {
-			if tries++; tries == 5 {
-				cancel()
-			}
-			return errOutage
-		}}, "l", time.Minute)
+		_, err = Acquire(ctx, failingFive(s, cancel), "l", time.Minute)
 		assert.ErrorIs(t, err, context.Canceled)
 		assert.ErrorIs(t, err, errOutage)
 	}},

@@ -414,13 +414,7 @@ var withLockCases = []conformanceCase{
 		require.NoError(t, WithLock(context.Background(), m, "l", time.Minute, run))
 		assert.Equal(t, 1, ran)
 		ctx, cancel := context.WithCancel(context.Background())
-		tries := 0
-		err := WithLock(ctx, meddler{Store: s, fail: func(string, string) error {
-			if tries++; tries == 5 {
-				cancel()
-			}
-			return errOutage
-		}}, "l", time.Minute, run)
+		err := WithLock(ctx, failingFive(s, cancel), "l", time.Minute, run)
 		assert.ErrorIs(t, err, context.Canceled)
 		assert.ErrorIs(t, err, errOutage)
 		assert.Equal(t, 1, ran)

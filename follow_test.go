@@ -118,7 +118,7 @@ type stuck struct{ Lock }
 func (stuck) Unlock() error { return errOutage }
 
 // TestAcquireInDoubt: the answer to an attempt of Acquire is lost, and it ends before
-// another attempt succeeds. The caller may have the lock, and is told so.
+// another attempt succeeds. Its error says that the caller may have the lock.
 func TestAcquireInDoubt(t *testing.T) {
 	t.Parallel()
 	m := NewMemoryStore()

@@ -37,8 +37,8 @@ const (
 //
 // A key should have one owner. KeepAlive overwrites what it finds, so the value of
 // a key with two of them alternates. While the outcome of a write is unknown,
-// KeepAlive takes the same bytes for its own, whoever wrote them. To decide who owns
-// a key, take a lock; see [WithLock].
+// KeepAlive treats the same value as its own, even if somebody else wrote it. To
+// decide who owns a key, take a lock; see [WithLock].
 //
 // On a NATSStore it costs two requests at first, or three for a new key, one each
 // third of ttl, and one at the end, or up to three more if that cuts a write short.

@@ -163,8 +163,8 @@ func (l *lease) extend() error {
 		l.lapsed = true
 	case err == nil && l.lapseLocked(time.Now()):
 		// The answer came after the lease had lapsed as far as the holder knew.
-		// It may have been granted in time, but that must not matter. It may be
-		// long, so giving it back has time of its own.
+		// It may have been granted in time, but that must not matter. The server
+		// may hold it for long yet, so giveBack does not share the time of Refresh.
 		l.mu.Unlock()
 		l.giveBack(context.Background())
 		return ErrLockExpired

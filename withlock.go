@@ -12,8 +12,8 @@ import (
 // A lockWaiter is a store that can wait for a lock without polling.
 type lockWaiter interface {
 	// awaitLock waits for a lock until ctx ends. It returns ErrLockHeld if
-	// somebody held the lock when it last looked, and any other error of Lock at once. ctx
-	// does not bound the Refresh of the lock.
+	// somebody held the lock when it last looked, and any other error of Lock at
+	// once. ctx does not bound the Refresh of the lock.
 	awaitLock(ctx context.Context, key string, ttl time.Duration) (Lock, error)
 }
 
