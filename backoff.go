@@ -5,6 +5,8 @@ import (
 	"errors"
 	"math/rand/v2"
 	"time"
+
+	"github.com/nats-io/nats.go"
 )
 
 // A backoff is the pause between attempts. It doubles from one to the next up to
@@ -49,5 +51,5 @@ func final(err error) bool {
 	case ErrClosed, ErrInvalidKey, ErrInvalidTTL, ErrValueTooLarge, errUnopened:
 		return true
 	}
-	return errors.As(err, new(permanentError))
+	return errors.Is(err, nats.ErrConnectionClosed)
 }

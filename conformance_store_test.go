@@ -339,6 +339,14 @@ var contextCases = []conformanceCase{
 		assert.Equal(t, "put k", brief(receive(t, events)))
 		assert.Equal(t, "put l", brief(receive(t, events)))
 	}},
+	{"context-none", "a nil context is none", func(t *testing.T, dial func() Store) {
+		s := dial()
+		var none context.Context
+		bound := s.WithContext(none)
+		require.NoError(t, bound.Put("k", []byte("v"), 0))
+		assert.Equal(t, "v", string(mustGet(t, bound, "k").Value))
+		require.NoError(t, mustLock(t, bound, "l", time.Minute).Unlock())
+	}},
 	{"context-of-a-lock", "the context bounds Lock and Refresh; Unlock works after it has ended", func(t *testing.T, dial func() Store) {
 		a, b := dial(), dial()
 		ctx, cancel := context.WithCancel(context.Background())
@@ -357,6 +365,13 @@ var contextCases = []conformanceCase{
 		time.Sleep(250 * time.Millisecond)
 		refuses(t, ErrLockExpired, lapsing.Refresh())
 		refuses(t, ErrLockNotHeld, lapsing.Unlock())
+		ctx, cancel = context.WithCancel(context.Background())
+		l = mustLock(t, a.WithContext(ctx), "l", time.Minute)
+		cancel()
+		require.NoError(t, a.Close())
+		for range 20 {
+			refuses(t, ErrClosed, l.Refresh(), "that the store is closed comes first")
+		}
 	}},
 	{"context-close", "Close of a bound store closes the store itself, also after its context has ended", func(t *testing.T, dial func() Store) {
 		s, other := dial(), dial()

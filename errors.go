@@ -5,9 +5,9 @@ import (
 	"fmt"
 )
 
-// The documented outcomes. Every method of every backend returns them bare, so
-// that both == and errors.Is work. Anything else that a method returns names
-// the operation and the key and wraps its cause.
+// The documented outcomes. Every method of every backend returns them bare, so that
+// both == and errors.Is work, with the exceptions below. Anything else that a method
+// returns names the operation and the key and wraps its cause.
 var (
 	// ErrNotFound is returned for a key that does not exist: never written,
 	// deleted or expired.
@@ -54,7 +54,8 @@ var (
 // What the additions to the documented API return, bare as well.
 var (
 	// ErrConflict is returned by Update and DeleteRevision when the key's
-	// revision is not the given one. Nothing was written.
+	// revision is not the given one. Nothing was written. [NATSStore] names an
+	// exception, which needs a leader that was cut off.
 	ErrConflict = errors.New("revision conflict")
 
 	// ErrValueTooLarge is returned for a value that is larger than the store's
@@ -86,11 +87,6 @@ func isOutcome(err error) bool {
 	}
 	return false
 }
-
-// A permanentError is a failure that will not pass.
-type permanentError struct{ error }
-
-func (e permanentError) Unwrap() error { return e.error }
 
 // opError adds the operation and the key to a failure.
 func opError(verb, key string, err error) error {

@@ -10,13 +10,13 @@ import (
 // later change without a gap, as OpPut and OpDelete events under the terms of
 // [StateStore.Watch]. It is the loop around Watch that most programs need: the
 // current state, and then its changes. An older state is never delivered after a
-// newer one.
+// newer one, unless the servers have lost the newer one.
 //
 // If the watch ends, Follow starts over by itself, compares, and delivers the
 // differences, deletions included. A deletion found in this way has the
 // revision of the last value that was reported, and the time at which it was found.
 // The channel is closed when ctx ends or the store is closed, and for no other
-// reason.
+// reason, even if the connection is closed for good.
 //
 // Follow fails with the errors of Entries and, on a store that wraps another one,
 // with [ErrWatchClosed]. It costs one listing when it starts, and no more than one
@@ -134,8 +134,9 @@ type source struct {
 	listed  bool      // again since it began
 	stop    func()
 	// A store that is a follower has
-	sub *subscription
-	ask func() // requests that it is marked soon how far sub has come
+	sub  *subscription
+	ask  func()      // requests that it is marked soon how far sub has come
+	lost func() bool // reports whether sub ended because the store lost acknowledged writes
 	// and others have
 	events <-chan *KeyValue
 }
@@ -203,10 +204,11 @@ func (f *following) run(ctx context.Context, src *source) {
 	for {
 		f.read(ctx, src)
 		src.stop()
+		lost := src.lost != nil && src.lost()
 		if src = f.reopen(ctx); src == nil {
 			return
 		}
-		f.reconcile(src.takeCurrent())
+		f.reconcile(src.takeCurrent(), lost)
 		f.sink.startOver()
 		f.sink.advance(progress{src.asOf, src.begun})
 	}
@@ -309,7 +311,7 @@ func (f *following) ask(ctx context.Context, src *source) {
 	if err != nil {
 		return
 	}
-	f.reconcile(current)
+	f.reconcile(current, false)
 	// Whatever is gone by now may have had the newest revision.
 	src.asOf = max(src.asOf, src.newest)
 	for _, kv := range current {
@@ -354,12 +356,14 @@ func (f *following) change(src *source, ev *KeyValue) {
 	}
 }
 
-// reconcile passes on what differs from the entries that exist now.
-func (f *following) reconcile(current []*KeyValue) {
+// reconcile passes on what differs from the entries that exist now. If the store has
+// lost what it acknowledged, they may be older than what is known.
+func (f *following) reconcile(current []*KeyValue, lost bool) {
 	there := make(map[string]bool, len(current))
 	for _, kv := range current {
 		there[kv.Key] = true
-		if known, exists := f.sink.version(kv.Key); !exists || known.replacedBy(kv) {
+		known, exists := f.sink.version(kv.Key)
+		if !exists || known.replacedBy(kv) || lost && known != versionOf(kv) {
 			f.sink.apply(kv)
 		}
 	}

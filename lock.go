@@ -145,8 +145,12 @@ func (l *lease) extend() error {
 	defer cancel()
 	select {
 	case l.turn <- struct{}{}:
-	case <-ctx.Done():
-		return opError("refresh", l.key, ctx.Err()) // an Unlock is under way
+	default:
+		select {
+		case l.turn <- struct{}{}:
+		case <-ctx.Done():
+			return opError("refresh", l.key, ctx.Err()) // an Unlock is under way
+		}
 	}
 	defer func() { <-l.turn }()
 	asked := time.Now()

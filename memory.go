@@ -145,6 +145,9 @@ func (s *MemoryStore) bind(ctx context.Context) *MemoryStore {
 	if s == nil {
 		return new(MemoryStore)
 	}
+	if ctx == nil {
+		ctx = context.Background()
+	}
 	return &MemoryStore{s.client, ctx}
 }
 
@@ -298,7 +301,7 @@ func (s *MemoryStore) Delete(key string) error {
 
 // DeleteRevision implements [Store].
 func (s *MemoryStore) DeleteRevision(key string, revision uint64) error {
-	return s.delete("delete", key, &revision)
+	return s.delete("delete revision", key, &revision)
 }
 
 // delete removes a key, if expected is not nil only that revision of it.
@@ -666,12 +669,16 @@ func (s *MemoryStore) awaitLock(ctx context.Context, key string, ttl time.Durati
 			}
 			select {
 			case <-wake:
-				continue
 			case <-lapse:
-				continue
 			case <-ctx.Done():
 			case <-s.client.quit:
 				err = ErrClosed
+			}
+			if end, bounded := ctx.Deadline(); bounded && !time.Now().Before(end) {
+				<-ctx.Done() // its timer may be a little behind
+			}
+			if err == ErrLockHeld && ctx.Err() == nil {
+				continue
 			}
 		}
 		if s.client != nil && !s.client.data.leave(key, wake) && err == ErrLockHeld {

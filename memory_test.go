@@ -353,6 +353,24 @@ func TestMemoryStoreWaiterEndsAsTheLockIsFree(t *testing.T) {
 	})
 }
 
+// TestMemoryStoreWaiterEndsWithTheLease: a lease ends at the time at which the context
+// of a waiter does. The waiter does not get the lock any more.
+func TestMemoryStoreWaiterEndsWithTheLease(t *testing.T) {
+	for range 20 {
+		bubble(t, func(t *testing.T) {
+			s := NewMemoryStore()
+			defer s.Close()
+			mustLock(t, s, "l", time.Minute)
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+			defer cancel()
+			_, err := Acquire(ctx, s.Client(), "l", time.Minute)
+			require.ErrorIs(t, err, context.DeadlineExceeded)
+			_, err = s.LockHolder("l")
+			refuses(t, ErrNotFound, err)
+		})
+	}
+}
+
 // TestMemoryStoreWaitersLearnOfALaterLease: those who wait for the end of a lease
 // get the lock when a later and shorter one has ended.
 func TestMemoryStoreWaitersLearnOfALaterLease(t *testing.T) {

@@ -16,15 +16,18 @@ import (
 type NATSStoreConfig struct {
 	// Conn is the NATS connection to use. It belongs to the caller, and Close
 	// leaves it open. A connection that gives up reconnecting ends the store's
-	// watches. With nats.NoEcho, a waiter for a lock polls as with a Domain.
+	// watches, so connect with nats.MaxReconnects(-1). While the client library
+	// writes to a link that takes nothing, no call can end: by default for a
+	// minute, or for as long as nats.FlusherTimeout says. With nats.NoEcho, a waiter
+	// for a lock polls as with a Domain.
 	Conn *nats.Conn
 	// Bucket is the KV bucket name: letters, digits, "-" and "_". The bucket is
 	// created if it does not exist. Locks are kept in a second one, with
 	// "-locks" after the name, which the first Lock creates. So a name must not
 	// end with "-locks".
 	Bucket string
-	// TTL is the default TTL for entries (0 = no default): what a Put with a
-	// TTL of 0 gets.
+	// TTL is the default TTL for entries (0 = no default): what a write with a
+	// TTL of 0 gets. With a default, no entry is without one.
 	TTL time.Duration
 	// History is the number of revisions to keep per key, at most 64. Default: 1
 	// for a new bucket. That of an existing bucket is raised to History, and
@@ -53,9 +56,10 @@ type NATSStoreConfig struct {
 	// seconds, as with a Domain.
 	APIPrefix string
 	// Logger receives what operators need to know: a watch was cut off, is back
-	// or ends; a lease was lost; the outcome of a write is unknown; a leader gave
-	// an old answer; settings changed; a request takes longer than a second.
-	// Requests are not logged otherwise. Default: silent.
+	// or ends; a Refresh found its lock gone; the outcome of a write is unknown; a
+	// leader gave an old answer; settings changed; a request takes longer than a
+	// second. Requests are not logged otherwise, nor are errors that a call
+	// returns. Default: silent.
 	Logger *slog.Logger
 	// Owner is what LockHolder and the records of locks name as the holder.
 	// Default: host name and process ID, as in "host:123".
@@ -63,7 +67,8 @@ type NATSStoreConfig struct {
 }
 
 // DefaultNATSStoreConfig returns configuration with sensible defaults (Bucket
-// "agent-state"). The caller must set Conn.
+// "agent-state"). The caller must set Conn. It sets MaxValueSize, so that a smaller
+// limit of an existing bucket is raised; set that to 0 to keep the bucket's own.
 func DefaultNATSStoreConfig() NATSStoreConfig {
 	return NATSStoreConfig{
 		Bucket:       "agent-state",
@@ -91,35 +96,47 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 //     would be under way at such a time waits for the server, for two seconds at
 //     most.
 //
-// The settings may change while the store is open; it notices within seconds.
-// For up to two seconds after the replicas of a bucket are raised from one, a Get
-// may miss what others have just written. While the bucket is deleted,
-// methods that use it return an error that errors.Is reports as
-// [jetstream.ErrBucketNotFound], except for Watch, which returns
-// [ErrWatchClosed]. They work again when the bucket is back.
+// The settings may change while the store is open. It notices within seconds while
+// it watches or lists, and within a minute while it writes; if it only reads from a
+// cluster, not before. For up to two seconds after the replicas of a bucket are
+// raised from one, a Get may miss what others have just written. While the bucket is
+// deleted, methods that use it return an error that errors.Is reports as
+// [jetstream.ErrBucketNotFound], except for Watch, which returns [ErrWatchClosed].
+// They work again when the bucket is back.
 //
-// On several replicas the stream's leader answers every read. A leader that a
+// On several replicas the stream's leader answers every read. A watch may report a
+// change a moment before the leader has applied it: a Get right after the event may
+// not see the change yet. (An Update on top of it waits for that.) A leader that a
 // network partition has cut off from the other servers continues to answer until
 // it notices, which takes up to 20 seconds. For that long, clients on its side of
 // the partition do not see writes made on the other side. The same can happen
 // without a partition if a server gets no processor time for seconds, so that the
 // others elect another leader before it notices. Where that must not happen, use a
-// Lock or an Update, which a majority always decides.
+// Lock or an Update: a majority always decides that one of them succeeds. (That it is
+// refused, with [ErrLockHeld] or [ErrConflict], may rest on what such a leader says.)
 //
-// A majority also decides that a watched key has expired or was purged: the first
-// watch that finds it so writes a deletion, on condition that nothing was written
-// since, and all of them report what was accepted. The deletion stays for two
-// seconds, or for as long as what it replaces. On one replica a watch that was cut
-// off does the same about a key that was gone when it came back.
+// When such a leader is back, and before it gives way, it can refuse a conditional
+// write that the new leader stores. If another client replaces that write within
+// milliseconds, Update and DeleteRevision return [ErrConflict], though the write was
+// stored. The outcome of a lock's Refresh or Unlock is unknown then.
 //
-// There are exceptions: a bucket that is full, has delete markers, has a TTL of its
-// own, or takes only messages of some hundred bytes; and a key to which an older
-// revision comes back, because another client wrote the one that expired. There a
-// watch may report an expiry that only a leader that was cut off confirms, or that of
-// a value whose refresh was under way, or was missed while the watch was cut off.
+// A majority also decides whether a watched key has expired or was purged. The watch
+// that notices it first writes a deletion. The servers store the deletion only if
+// nothing was written to the key since, and all watches report what was stored. The
+// deletion stays for two seconds, or for as long as what it replaces. On one replica
+// only a watch that was cut off does this, about keys that were gone when it came back.
+//
+// This does not work if the bucket is full, has delete markers or a TTL of its own, or
+// takes only messages of some hundred bytes, nor for a key to which an older revision
+// comes back, because another client wrote the one that expired. There a watch may
+// report an expiry that only a leader that was cut off confirms. It may also report
+// that of a value whose refresh was under way, or was missed while the watch was cut
+// off.
 //
 // An acknowledgement means that a majority of the replicas has the change. The
-// servers' sync_interval says when they sync it to the disk.
+// servers' sync_interval says when they sync it to the disk. Machines that lose
+// power before that can lose it. Then a lock can have two holders, and revisions
+// and fencing tokens can repeat.
 //
 // A watch ends, by closing its channel, when the store is closed, when the
 // connection is closed for good, when the bucket is deleted, when the server
@@ -161,8 +178,9 @@ var _ Store = (*NATSStore)(nil)
 // within seconds with an error that says what is wrong: the configuration or the
 // connection is bad, JetStream is not enabled, the server is older than 2.11 and
 // has no message TTLs (2.11.2 is the oldest that is tested), or a permission is
-// missing. For a bucket that exists and
-// suits it costs one request.
+// missing. It does not detect 2.14.0 to 2.14.3, which may refuse all writes after
+// one at the instant of an expiry. For a bucket that exists and suits it costs one
+// request.
 func NewNATSStore(cfg NATSStoreConfig) (*NATSStore, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("state: %w", err)
@@ -290,11 +308,12 @@ func (s *NATSStore) get(key string) (record, error) {
 }
 
 // Put implements [StateStore]. It costs one request if the key is new or this
-// store wrote it last, two if others write it, too, and three when the store
-// finds that out or if the last value has expired. It costs four if the last value
-// is about to expire and somebody replaces it meanwhile. All writes to a bucket together
-// cost one more each minute, in the background, for the server's time. If a new key is
-// the first write in five minutes, its next Put costs one more.
+// store wrote it last. It costs two if others write it, too, or this store at the same
+// time, and three when the store finds that out. Over a value that has expired or is
+// about to it costs up to three, or four if somebody replaces that meanwhile. All
+// writes to a bucket together cost one more each minute, in the background, for the
+// server's time. If a new key is the first write in five minutes, its next Put costs one
+// more.
 func (s *NATSStore) Put(key string, value []byte, ttl time.Duration) error {
 	ctx, m, err := s.beginPut("put", key, value, ttl)
 	if err != nil {
@@ -306,7 +325,9 @@ func (s *NATSStore) Put(key string, value []byte, ttl time.Duration) error {
 
 // Update implements [Store]. It costs one request, two if this store has not seen
 // the revision, and three to create a key that another client has deleted or
-// that has expired.
+// that has expired. On several replicas, an [ErrConflict] of a key that was removed
+// costs up to two more, and one of a revision that no leader has takes 1.5 seconds: a
+// watch may report a revision before the leader has it.
 func (s *NATSStore) Update(key string, value []byte, ttl time.Duration, revision uint64) (uint64, error) {
 	ctx, m, err := s.beginPut("update", key, value, ttl)
 	if err != nil {
@@ -345,7 +366,7 @@ func (s *NATSStore) Delete(key string) error {
 // DeleteRevision implements [Store]. It costs one request, or two if this store
 // has not seen the revision.
 func (s *NATSStore) DeleteRevision(key string, revision uint64) error {
-	ctx, m, err := s.beginDelete("delete", key)
+	ctx, m, err := s.beginDelete("delete revision", key)
 	if err != nil {
 		return err
 	}
@@ -353,7 +374,7 @@ func (s *NATSStore) DeleteRevision(key string, revision uint64) error {
 		return ErrConflict
 	}
 	_, err = s.data.update(newBudget(ctx), m, revision)
-	return s.data.writeError("delete", key, err)
+	return s.data.writeError("delete revision", key, err)
 }
 
 func (s *NATSStore) beginDelete(verb, key string) (context.Context, mutation, error) {
@@ -457,6 +478,7 @@ func (s *NATSStore) follow(ctx context.Context, p pattern) (*source, error) {
 		current: l.entries(),
 		sub:     w.subscription,
 		ask:     f.askProgress,
+		lost:    f.lost.Load,
 		stop: func() {
 			s.data.stats.watches.Add(-1)
 			s.feeds.leave(f, w)
@@ -473,6 +495,7 @@ func (s *NATSStore) follow(ctx context.Context, p pattern) (*source, error) {
 // create it. Later ones cost one more when the store has not looked at the settings of
 // that bucket for a minute.
 func (s *NATSStore) Lock(key string, ttl time.Duration) (Lock, error) {
+	end := time.Now().Add(opLimit)
 	ctx, err := s.beginLock(key, ttl)
 	if err != nil {
 		return nil, err
@@ -481,6 +504,8 @@ func (s *NATSStore) Lock(key string, ttl time.Duration) (Lock, error) {
 	if err != nil {
 		return nil, s.data.writeError("lock", key, err)
 	}
+	ctx, cancel := context.WithDeadline(ctx, end)
+	defer cancel()
 	return l.handOver(ctx)
 }
 

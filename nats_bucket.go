@@ -223,11 +223,11 @@ func (b *bucket) streamCall(budget *retryBudget, verb, object string, req, answe
 		}
 		// In a cluster, a server that is starting may not have heard of it yet.
 		err = fmt.Errorf("%w: %w", jetstream.ErrBucketNotFound, err)
-		if s := b.settings.Load(); s == nil || !b.elections() || time.Since(asked) > goneAfter {
+		if s := b.settings.Load(); s == nil || !b.elections() || time.Since(asked) > goneAfter || budget.left() <= minAttempt {
 			return err
 		}
-		if err = b.waitAfter(budget, err); err != nil {
-			return err
+		if ended := b.pause(budget, checkInterval, nil); ended != nil {
+			return ended
 		}
 	}
 }

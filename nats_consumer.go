@@ -81,11 +81,12 @@ type consumption struct {
 	life        time.Duration // how long the server keeps it when nobody asks any more
 }
 
-// maxPlacements is how many consumers are made until one is not on the server to avoid.
-const maxPlacements = 10
+// maxPlacements is how many consumers are made at most until one is not on the server to
+// avoid. The servers choose at random, but only among those that the others hear of.
+const maxPlacements = 5
 
 // consume makes a consumer. It costs one request, and two more each time that the
-// servers, which choose at random, put it on the one to avoid.
+// servers put it on the one to avoid.
 func (b *bucket) consume(budget *retryBudget, want consumption) (*consumer, error) {
 	for n := 1; ; n++ {
 		c, err := b.makeConsumer(budget, want)

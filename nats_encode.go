@@ -34,6 +34,8 @@ type mutation struct {
 	marker bool          // a deletion: a marker takes the place of the value
 	expiry bool          // of a value that has expired
 	ttl    time.Duration // 0 for one without end
+	// exclusive says that nobody else writes the key as long as base is its record.
+	exclusive bool
 }
 
 // A precondition says what a mutation requires of the key.

@@ -51,7 +51,7 @@ type liveKeys struct {
 	touched   map[string]uint64
 
 	recentDeletions map[string]reportedDeletion
-	unconfirmed     map[string]*tracked // keys with a newer revision that has not arrived
+	unconfirmed     map[string]awaited // keys with a newer revision that has not arrived
 
 	// What was removed without a message is found out by the stream's state.
 	floor     uint64 // no key alive has a revision below
@@ -65,13 +65,19 @@ type liveKeys struct {
 	retrying  bool          // a listing has failed, and is to be made again
 }
 
+// An awaited is a key, and the revision of it that is to arrive; 0 if that is not known.
+type awaited struct {
+	t        *tracked
+	revision uint64
+}
+
 // mixedAges stands for several ages.
 const mixedAges = -1
 
 func newLiveKeys(follow bool) liveKeys {
 	return liveKeys{
 		alive: make(map[string]*tracked), touched: make(map[string]uint64),
-		recentDeletions: make(map[string]reportedDeletion), unconfirmed: make(map[string]*tracked),
+		recentDeletions: make(map[string]reportedDeletion), unconfirmed: make(map[string]awaited),
 		expecting: follow, listPause: stateLife, floor: math.MaxUint64, window: firstWindow,
 		again: backoff{expiryPause, maxExpiryPause},
 	}
@@ -390,7 +396,7 @@ func (f *feed) expired(findings []finding) {
 			// A listing has found another one.
 		case found.underWay && f.b.replicated() && f.b.marks():
 			// Maybe the marker of another store.
-			f.unconfirmed[t.key] = t
+			f.unconfirmed[t.key] = awaited{t, 0}
 		case !found.known, t.unread && found.last == t.revision:
 			// A write is under way, nobody leads, the value has not been delivered
 			// yet, the server is overloaded, or there was a gap. Ask again.
@@ -398,13 +404,13 @@ func (f *feed) expired(findings []finding) {
 			unsettled = true
 		case found.last > t.revision:
 			// It was replaced, in time or not: what is on its way here decides.
-			f.unconfirmed[t.key] = t
+			f.unconfirmed[t.key] = awaited{t, found.last}
 			t.gaps = replaced
 		case found.last != 0 && found.last < t.revision && f.b.replicated() && t.doubts < maxDoubts:
 			// A leader that was cut off is back, and does not know it yet. Or an older
 			// revision has come back.
 			t.doubts++
-			f.unconfirmed[t.key] = t
+			f.unconfirmed[t.key] = awaited{t, 0}
 		default:
 			f.reportDeletion(t, t.revision, t.deadline)
 		}
@@ -444,9 +450,9 @@ func (f *feed) applyVerified(findings []finding) (removed bool) {
 		case f.alive[t.key] != t || t.revision != found.revision:
 			// It was refreshed, or is gone, as has been reported.
 		case !found.known:
-			f.unconfirmed[t.key] = t
+			f.unconfirmed[t.key] = awaited{t, 0}
 		case found.last > t.revision:
-			f.unconfirmed[t.key] = t
+			f.unconfirmed[t.key] = awaited{t, found.last}
 			t.gaps = replaced
 		case found.last == 0:
 			f.reportDeletion(t, t.revision, f.removedAt(t))
@@ -467,14 +473,17 @@ func (f *feed) removedAt(t *tracked) timestamp {
 	return t.deadline
 }
 
-// recheck asks again about keys whose newer revision has not arrived: it may
-// have been removed since.
+// recheck asks again about keys whose newer revision has not arrived, though the
+// consumer has come so far: it may have been removed since.
 func (f *feed) recheck() {
 	var again []*tracked
-	for key, t := range f.unconfirmed {
-		delete(f.unconfirmed, key)
-		if f.alive[key] == t {
-			again = append(again, t)
+	for key, what := range f.unconfirmed {
+		switch {
+		case f.alive[key] != what.t:
+			delete(f.unconfirmed, key)
+		case what.revision <= max(f.readSeq, f.cursor):
+			delete(f.unconfirmed, key)
+			again = append(again, what.t)
 		}
 	}
 	if len(again) == 0 {

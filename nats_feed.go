@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -62,7 +63,8 @@ type feed struct {
 	ended   bool
 	wake    chan struct{} // of one slot: something was posted
 
-	refs int // how many watches hold it; guarded by feeds.mu
+	refs int         // how many watches hold it; guarded by feeds.mu
+	lost atomic.Bool // it ends because the servers have lost what it has reported
 
 	// What follows is owned by run.
 
@@ -85,6 +87,7 @@ func newFeed(b *bucket, p pattern, maxCut time.Duration, follow bool) *feed {
 // An attachment is a feed's connection to the stream.
 type attachment struct {
 	source   *consumer // nil while it is cut off
+	heard    bool      // the last one has delivered something
 	held     bool      // what it delivers is not read: a message is being read from the leader
 	epoch    *epoch    // of the connection that the source is on
 	asked    int       // messages that the server may still send
@@ -109,6 +112,9 @@ type attachment struct {
 	lastContact   time.Time // when something came last
 	lastContactAt timestamp // the same by the server's clock, which no pause of ours stops
 
+	measuring    bool // it is being found out how far the feed has come
+	measureAgain bool // and is to be once more
+
 	suspected bool   // it is being found out whether the link is just slow
 	laggard   string // the server that the source was on when it was given up because that lags
 
@@ -129,6 +135,7 @@ type target struct {
 // Why a feed ends.
 var (
 	errBucketGone = errors.New("the bucket is gone")
+	errWritesLost = errors.New("the servers have lost acknowledged writes")
 	errCutTooLong = errors.New("cut off for too long")
 	errFeedEnded  = errors.New("the feed has ended")
 )
@@ -308,7 +315,7 @@ func (f *feed) tryToConnect(budget *retryBudget, from origin) (a newSource, err 
 	case a.info.State.LastSeq < from.cursor && f.b.replicated():
 		return a, errStaleLeader
 	case a.info.State.LastSeq < from.cursor:
-		return a, errBucketGone
+		return a, errWritesLost
 	case timestamp(a.info.Now.UnixNano())-from.lastContactAt > timestamp(maxCut):
 		return a, errCutTooLong
 	}
@@ -324,7 +331,7 @@ func (f *feed) attached(a newSource, err error) {
 		if !f.created.IsZero() {
 			f.gaps++
 		}
-		f.source, f.epoch, f.asked, f.pending, f.idle = a.source, a.epoch, 0, 0, time.Time{}
+		f.source, f.epoch, f.asked, f.pending, f.idle, f.heard = a.source, a.epoch, 0, 0, time.Time{}, false
 		f.goalSeq, f.goalSeqSince = 0, time.Now()
 		f.noteContact()
 		err = f.pull()
@@ -337,7 +344,10 @@ func (f *feed) attached(a newSource, err error) {
 	if !f.cut.IsZero() {
 		f.b.log.Info("state: a watch is back", "bucket", f.b.name, "pattern", f.pattern.String(), "after", time.Since(f.cut).Round(time.Millisecond))
 	}
-	f.retry.pause, f.refusal, f.missing, f.stale, f.cut = attachPause, time.Time{}, time.Time{}, time.Time{}, time.Time{}
+	f.refusal, f.missing, f.stale, f.cut = time.Time{}, time.Time{}, time.Time{}, time.Time{}
+	for key, what := range f.unconfirmed {
+		f.unconfirmed[key] = awaited{what.t, 0} // the servers may have lost what was on its way
+	}
 	f.looked = a.info.State
 	if f.created.IsZero() {
 		f.created, f.cursor, f.openedAt = a.info.Created, a.info.State.LastSeq, timestamp(a.info.Now.UnixNano())
@@ -377,9 +387,10 @@ func (f *feed) notAttached(err error) {
 	gone := since(&f.missing, errors.Is(err, jetstream.ErrBucketNotFound))
 	stale := since(&f.stale, err == errStaleLeader)
 	refused := since(&f.refusal, apiCode(err) != 0 && !passing(err) || errors.Is(err, nats.ErrPermissionViolation))
+	f.lost.Store(err == errWritesLost || stale > staleFor)
 	switch {
-	case err == errBucketGone, err == errCutTooLong, f.b.isClosed(),
-		gone > goneAfter, stale > staleFor, refused > refusedFor, time.Since(f.lastContact) > f.maxCut:
+	case f.lost.Load(), err == errBucketGone, err == errCutTooLong, f.b.isClosed(),
+		gone > goneAfter, refused > refusedFor, time.Since(f.lastContact) > f.maxCut:
 		f.endBecause(err)
 		return
 	}
@@ -412,7 +423,11 @@ func (f *feed) cutOff(reason string) {
 	f.cut = time.Now()
 	f.b.stats.cuts.Add(1)
 	f.b.log.Warn("state: a watch was cut off", "bucket", f.b.name, "pattern", f.pattern.String(), "reason", reason)
-	f.attach()
+	if f.heard || !f.b.up() {
+		f.attach()
+	} else {
+		f.later(f.retry.next(), f.attach) // the next source may not work either
+	}
 }
 
 func (f *feed) detach() {
@@ -420,7 +435,7 @@ func (f *feed) detach() {
 		f.source.stop()
 		f.source = nil
 	}
-	f.held, f.targets = false, nil
+	f.held, f.targets, f.measuring, f.measureAgain = false, nil, false, false
 }
 
 // noteContact notes that the feed is connected.
@@ -460,8 +475,8 @@ func (f *feed) checkHealth() {
 		f.recheck()
 	}
 	maps.DeleteFunc(f.recentDeletions, func(_ string, b reportedDeletion) bool { return time.Since(b.at) > recentDeletionLife })
-	if !f.behind() {
-		// By now, what was written when the last state was taken has been read.
+	if !f.behind() && (f.lastState == nil || f.lastState.LastSeq <= max(f.readSeq, f.cursor)) {
+		// What was written when the last state was taken has been read.
 		f.detectRemovals(f.lastState)
 		f.lastState = f.b.settings.Load().state
 	}
@@ -552,6 +567,7 @@ func (f *feed) accept(msg *nats.Msg) error {
 	switch {
 	case st.code == "":
 	case st.code == "100":
+		f.worked()
 		f.pending, f.readSeq = 0, max(f.readSeq, st.seq)
 		return nil
 	case st.code == "smaller":
@@ -566,6 +582,7 @@ func (f *feed) accept(msg *nats.Msg) error {
 	default:
 		return fmt.Errorf("status %s", st.code)
 	}
+	f.worked()
 	f.b.clock.observe(d.written)
 	f.used(1, f.pulledAt)
 	f.pending, f.readSeq = d.pending, d.seq
@@ -580,6 +597,9 @@ func (f *feed) accept(msg *nats.Msg) error {
 	}
 	return nil
 }
+
+// worked notes that the source works.
+func (f *feed) worked() { f.heard, f.retry.pause = true, attachPause }
 
 // currentAge returns the bucket's MaxAge, and notes if other deadlines are by another
 // one.
@@ -686,18 +706,33 @@ func (f *feed) unseen(key string, r *record) bool {
 }
 
 // askProgress finds out how far the feed has come, and marks it for the watches.
-func (f *feed) askProgress() {
-	f.post(func() {
-		source := f.source
-		if source == nil {
-			return
-		}
-		f.b.start(func() {
-			if at, err := f.measureProgress(source); err == nil {
-				f.post(func() {
-					f.targets = append(f.targets, at)
-					f.reachTargets()
-				})
+func (f *feed) askProgress() { f.post(f.measure) }
+
+// measure is askProgress on the feed's goroutine. It makes one measurement at a time:
+// what was acknowledged after that began may not be in it, and takes another one.
+func (f *feed) measure() {
+	source := f.source
+	if source == nil {
+		return
+	}
+	if f.measuring {
+		f.measureAgain = true
+		return
+	}
+	f.measuring = f.b.start(func() {
+		at, err := f.measureProgress(source)
+		f.post(func() {
+			if f.source != source {
+				return
+			}
+			again := f.measureAgain
+			f.measuring, f.measureAgain = false, false
+			if err == nil {
+				f.targets = append(f.targets, at)
+				f.reachTargets()
+			}
+			if again {
+				f.measure()
 			}
 		})
 	})

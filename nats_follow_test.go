@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -318,4 +319,47 @@ func TestEntriesOfLargeValues(t *testing.T) {
 		require.NoError(t, s.Put(fmt.Sprintf("k.%d", i), []byte(value), 0))
 	}
 	f.agrees(t, s, "k.*")
+}
+
+// TestFollowAfterLostWrites: a server comes back without what it had acknowledged last.
+// Follow and Cache go back with it.
+func TestFollowAfterLostWrites(t *testing.T) {
+	t.Parallel()
+	srv := startRestartable(t)
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	put := func(key, value string) uint64 {
+		eventually(t, func() bool { return s.Put(key, []byte(value), 0) == nil }, "a Put")
+		return mustGet(t, s, key).Revision
+	}
+	put("k", "1")
+	stopServer(srv.Server)
+	backup := t.TempDir()
+	require.NoError(t, os.CopyFS(backup, os.DirFS(srv.opts.StoreDir)))
+	srv.start(t)
+	put("k", "2")
+	_, changes, err := Follow(t.Context(), s, "*")
+	require.NoError(t, err)
+	cache, err := NewCache(t.Context(), s, "*")
+	require.NoError(t, err)
+	require.NoError(t, cache.Wait(t.Context(), put("later", "1")))
+	assert.Equal(t, "put later", brief(receive(t, changes)))
+
+	stopServer(srv.Server)
+	require.NoError(t, os.RemoveAll(srv.opts.StoreDir))
+	require.NoError(t, os.CopyFS(srv.opts.StoreDir, os.DirFS(backup)))
+	srv.start(t)
+	is := receive(t, changes)
+	assert.Equal(t, "put k", brief(is))
+	assert.Equal(t, "1", string(is.Value))
+	assert.Equal(t, "delete later", brief(receive(t, changes)))
+	eventually(t, func() bool {
+		v, err := cache.Get("k")
+		_, gone := cache.Get("later")
+		return err == nil && string(v) == "1" && gone == ErrNotFound //nolint:errorlint // bare
+	}, "the cache goes back, too")
+	require.NoError(t, cache.Wait(t.Context(), put("k", "3")))
+	assert.Equal(t, "3", string(receive(t, changes).Value))
+	v, err := cache.Get("k")
+	require.NoError(t, err)
+	assert.Equal(t, "3", string(v))
 }

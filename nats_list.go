@@ -79,6 +79,7 @@ func (b *bucket) list(budget *retryBudget, p pattern, values bool, since uint64)
 		return l, err
 	}
 	var failed time.Time // when the first try failed
+	var laggard string   // the server that it met, and that lags
 	for tries := 1; ; tries++ {
 		info, err := b.info(budget)
 		if err != nil {
@@ -94,7 +95,7 @@ func (b *bucket) list(budget *retryBudget, p pattern, values bool, since uint64)
 		l := listing{now: timestamp(info.Now.UnixNano()), maxAge: info.config.MaxAge}
 		var ok bool
 		if l.all, ok = b.listFew(budget, p, info); !ok {
-			l.all, err = b.listOnce(budget, p, info, values)
+			l.all, err = b.listOnce(budget, p, info, values, &laggard)
 		}
 		if err == nil {
 			l.all = sortAndDedupe(l.all)
@@ -182,6 +183,9 @@ func (b *bucket) listFew(budget *retryBudget, p pattern, info *streamInfo) (all 
 // errStartOver is for a listing that was cut short by something that passes.
 var errStartOver = errors.New("the listing was cut short")
 
+// errReplicaLags is why, if the consumer's server has not got what is to be listed.
+var errReplicaLags = errors.New("a replica lags")
+
 // listOnce lists with one consumer, which reads the stream from its first message
 // to its last one. So every key is delivered: its record stays where it is or, if
 // it is written again, moves to the end. The end was reached when the server ends
@@ -195,10 +199,13 @@ var errStartOver = errors.New("the listing was cut short")
 // replica. The list is complete when it has come to the last message that the leader
 // had before, or to a later one.
 //
+// laggard names a server that lags, which the consumer is not to be on, and is set if
+// this listing meets one.
+//
 // With a history it reads what has been replaced, too. A consumer that delivers the
 // last message of every key leaves some out: it stops short where one was removed
 // meanwhile, as it does at the end, and skips one that exceeds the bytes asked for.
-func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, values bool) ([]listed, error) {
+func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, values bool, laggard *string) ([]listed, error) {
 	filter, began := b.filter(p), time.Now()
 	l := &listRun{b: b, pattern: p, maxAge: info.config.MaxAge, values: values}
 	if info.clustered() {
@@ -216,7 +223,9 @@ func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, valu
 	l.batch = int(min(info.State.Messages+spareBatch, listBatch))
 	l.epoch = b.currentEpoch()
 	var err error
-	if l.source, err = b.consume(budget, consumption{filter: filter, headersOnly: l.headersOnly, batch: l.batch, life: listLife}); err != nil {
+	if l.source, err = b.consume(budget, consumption{
+		filter: filter, headersOnly: l.headersOnly, avoid: *laggard, batch: l.batch, life: listLife,
+	}); err != nil {
 		return nil, err
 	}
 	defer l.source.stop()
@@ -240,6 +249,9 @@ func (b *bucket) listOnce(budget *retryBudget, p pattern, info *streamInfo, valu
 	for ends := 0; ; { // how often the end was seen in a row
 		got, st, err := l.pull(budget)
 		if err != nil {
+			if errors.Is(err, errReplicaLags) {
+				*laggard = l.source.info.Cluster.Server
+			}
 			return nil, err
 		}
 		switch {
@@ -313,7 +325,7 @@ func (l *listRun) pull(budget *retryBudget) (got int, st status, err error) {
 		case st.code == "100" && l.last < l.upTo:
 			// The replica lags: the request waits on for what is missing.
 			if l.lags++; l.lags > 40 {
-				return got, st, fmt.Errorf("%w: a replica lags", errStartOver)
+				return got, st, fmt.Errorf("%w: %w", errStartOver, errReplicaLags)
 			}
 			st.code = ""
 		}

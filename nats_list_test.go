@@ -2,6 +2,7 @@ package state
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"regexp"
 	"slices"
@@ -49,7 +50,7 @@ func TestListFew(t *testing.T) {
 			p := pattern{prefix, true}
 			info, err := s.data.info(newBudget(context.Background()))
 			require.NoError(t, err)
-			want, err := s.data.listOnce(newBudget(context.Background()), p, info, true)
+			want, err := s.data.listOnce(newBudget(context.Background()), p, info, true, new(string))
 			require.NoError(t, err)
 			got, ok := s.data.listFew(newBudget(context.Background()), p, info)
 			require.Equal(t, few, ok)
@@ -422,4 +423,65 @@ func TestListingOfOneKeyIsNotStale(t *testing.T) {
 	l := <-found
 	require.Len(t, l.all, 1)
 	require.Equal(t, second, l.all[0].revision)
+}
+
+// TestListingAvoidsALaggard: a listing that met a server which lags does not go there
+// again.
+func TestListingAvoidsALaggard(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster")
+	}
+	t.Parallel()
+	srv := startCluster(t).servers[0]
+	var (
+		lags    atomic.Bool
+		laggard string          // the server
+		there   map[string]bool // the consumers on it
+		met     atomic.Int64    // how many of them were asked for messages
+	)
+	relay(t, srv, func(nc *nats.Conn, msg *nats.Msg) {
+		subject := strings.Split(msg.Subject, ".")
+		switch {
+		case !lags.Load():
+		case strings.HasPrefix(msg.Subject, "$JS.API.CONSUMER.CREATE."):
+			var made consumerInfo
+			answer := request(t, nc, msg)
+			assert.NoError(t, json.Unmarshal(answer, &made))
+			if laggard == "" {
+				laggard, there = made.Cluster.Server, make(map[string]bool)
+			}
+			there[made.Name] = made.Cluster.Server == laggard
+			_ = nc.Publish(msg.Reply, answer)
+			return
+		case strings.HasPrefix(msg.Subject, "$JS.API.CONSUMER.MSG.NEXT.") && there[subject[len(subject)-1]]:
+			met.Add(1)
+			for range 50 {
+				_ = nc.PublishMsg(&nats.Msg{Subject: msg.Reply, Header: nats.Header{"Status": {"100"}}})
+			}
+			return
+		case strings.HasPrefix(msg.Subject, "$JS.API.CONSUMER.MSG.NEXT."):
+			// A new consumer may be out of reach for a moment. Only who makes a request
+			// hears that: this one is refused as soon as it arrives.
+			for {
+				if _, err := nc.Request(msg.Subject, []byte("{"), time.Second); err == nil {
+					break
+				}
+			}
+		}
+		_ = nc.PublishMsg(msg)
+	})
+	s := openThrough(t, srv)
+	for i := range 300 {
+		require.NoError(t, s.Put(fmt.Sprint("k.", i), nil, 0))
+	}
+	lags.Store(true)
+	repeated := int64(0)
+	for range 60 {
+		before := met.Load()
+		keys, err := s.Keys("k.*")
+		require.NoError(t, err)
+		require.Len(t, keys, 300)
+		repeated += max(met.Load()-before-1, 0)
+	}
+	assert.LessOrEqual(t, repeated, int64(2), "by chance: five consumers in a row can be there")
 }

@@ -167,27 +167,39 @@ func (s *natsLocks) acquire(ctx context.Context, budget *retryBudget, b *bucket,
 	}
 	owner := rand.Text()
 	m := mutation{key: key, op: owner + firstOp, value: s.leaseData(ttl, 0), ttl: ttl}
+	var asked time.Time // when the attempt that may have acquired it was sent
 	for {
 		budget.sent = time.Time{}
 		r, err := b.commit(budget, m, base, ifUnchanged)
-		if err == nil {
-			l := newLease(ctx, natsLessor{s, b}, key, ttl, budget.sent, r.revision)
-			l.owner = owner
-			return l, record{}, nil
+		if asked.IsZero() || err == nil && r.estimated { // else an earlier one may be what was found
+			asked = budget.sent
 		}
-		if err != errMoved {
+		if err == errMoved {
+			if base, err = b.leaderLast(budget, key); err != nil {
+				if b.replicated() { // of two leaders, the other one may have stored it
+					s.giveBack(b, key, owner, ttl)
+				}
+				return nil, record{}, err
+			}
+			b.cache.learn(key, base)
+			switch {
+			case base.op == m.op: // one leader refused it, and another one stored it
+				r = base
+			case b.exists(budget, &base) || budget.left() <= minAttempt:
+				return nil, base, ErrLockHeld
+			default:
+				continue
+			}
+		}
+		if err != nil {
 			if errors.Is(err, ErrOutcomeUnknown) {
 				s.giveBack(b, key, owner, ttl)
 			}
 			return nil, record{}, err
 		}
-		if base, err = b.leaderLast(budget, key); err != nil {
-			return nil, record{}, err
-		}
-		b.cache.learn(key, base)
-		if b.exists(budget, &base) || budget.left() <= minAttempt {
-			return nil, base, ErrLockHeld
-		}
+		l := newLease(ctx, natsLessor{s, b}, key, ttl, asked, r.revision)
+		l.owner = owner
+		return l, record{}, nil
 	}
 }
 
@@ -256,11 +268,8 @@ func (s *natsLocks) holder(budget *retryBudget, key string) (r record, err error
 // arrived since. It returns errMoved if the last record is not the lease's.
 func (n natsLessor) write(budget *retryBudget, l *lease, m mutation) (record, error) {
 	l.writes++
-	m.key, m.op = l.key, fmt.Sprintf("%s.%d", l.owner, l.writes)
-	base := record{
-		entry:    entry{revision: l.revision},
-		deadline: n.b.clock.now().deadline(time.Until(l.validUntil())),
-	}
+	m.key, m.op, m.exclusive = l.key, fmt.Sprintf("%s.%d", l.owner, l.writes), true
+	base := n.lastOf(l)
 	for {
 		if l.inDoubt {
 			var err error
@@ -281,6 +290,14 @@ func (n natsLessor) write(budget *retryBudget, l *lease, m mutation) (record, er
 	}
 }
 
+// lastOf returns the last record of a lease, as far as its holder knows.
+func (n natsLessor) lastOf(l *lease) record {
+	return record{
+		entry:    entry{revision: l.revision},
+		deadline: n.b.clock.now().deadline(time.Until(l.validUntil())),
+	}
+}
+
 func (n natsLessor) extend(ctx context.Context, l *lease) error {
 	if n.s.data.life.Err() != nil {
 		return ErrClosed
@@ -294,20 +311,34 @@ func (n natsLessor) extend(ctx context.Context, l *lease) error {
 		l.revision, l.inDoubt = r.revision, false
 		return nil
 	}
-	l.inDoubt = true
+	l.doubt(err)
 	return n.b.writeError("refresh", l.key, err)
 }
 
 func (n natsLessor) release(ctx context.Context, l *lease) error {
-	if n.s.data.life.Err() != nil {
-		// The store was closed, and its requester with it.
-		r, err := newRequester(n.s.conn)
-		if err != nil {
-			return opError("unlock", l.key, err)
+	err := ErrClosed
+	if n.s.data.life.Err() == nil {
+		err = n.end(ctx, l)
+	}
+	if errors.Is(err, ErrClosed) && ctx.Err() == nil {
+		// The store was closed, now or before, and its requester with it.
+		r, failed := newRequester(n.s.conn)
+		if failed != nil {
+			return opError("unlock", l.key, failed)
 		}
 		defer r.stop()
 		n.b = n.b.on(r)
+		n.b.cache.learn(l.key, n.lastOf(l))
+		err = n.end(ctx, l)
 	}
+	if err == ErrLockNotHeld {
+		return err
+	}
+	return n.b.writeError("unlock", l.key, err)
+}
+
+// end is release while the lessor's requester is open.
+func (n natsLessor) end(ctx context.Context, l *lease) error {
 	r, err := n.write(newBudget(ctx), l, mutation{marker: true, ttl: minTombstoneTTL})
 	switch {
 	case err == nil:
@@ -318,10 +349,15 @@ func (n natsLessor) release(ctx context.Context, l *lease) error {
 		if n.s.missesReleases {
 			n.s.waits.released(l.key)
 		}
-		return nil
 	case err == errMoved, errors.Is(err, jetstream.ErrBucketNotFound):
 		return ErrLockNotHeld
+	default:
+		l.doubt(err)
 	}
-	l.inDoubt = true
-	return n.b.writeError("unlock", l.key, err)
+	return err
+}
+
+// doubt notes that a write of the lease failed, of which the outcome may be unknown.
+func (l *lease) doubt(err error) {
+	l.inDoubt = l.inDoubt || errors.Is(err, ErrOutcomeUnknown)
 }

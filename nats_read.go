@@ -62,8 +62,8 @@ func (b *bucket) directLast(budget *retryBudget, key string) (record, bool) {
 // A leader that was cut off answers with what it had then. It is found out if
 // this client knows of something newer.
 func (b *bucket) leaderLast(budget *retryBudget, key string) (record, error) {
-	var doubted time.Time
-	for {
+	var settled time.Time // since when the leader has got as far as what is known
+	for logged := false; ; logged = true {
 		r, err := b.leaderRecord(budget, key)
 		if err != nil {
 			return record{}, err
@@ -82,16 +82,19 @@ func (b *bucket) leaderLast(budget *retryBudget, key string) (record, error) {
 		if err != nil {
 			return record{}, err
 		}
-		if doubted.IsZero() {
-			doubted = time.Now()
+		if !logged {
 			b.log.Warn("state: the stream's leader knows less than it acknowledged", "bucket", b.name, "key", key)
 		}
-		if b.cache.recall(key).revision == 0 || info.State.LastSeq >= known.revision && time.Since(doubted) > doubtFor {
+		switch {
+		case info.State.LastSeq < known.revision:
+			settled = time.Time{}
+			b.settleDoubt(known.revision, info.Created)
+		case settled.IsZero():
+			settled = time.Now()
+		}
+		if b.cache.recall(key).revision == 0 || !settled.IsZero() && time.Since(settled) > doubtFor {
 			b.cache.forget(key)
 			return r, nil
-		}
-		if info.State.LastSeq < known.revision {
-			b.settleDoubt(known.revision, info.Created)
 		}
 		if err := b.waitAfter(budget, errStaleLeader); err != nil {
 			return record{}, err
@@ -101,6 +104,26 @@ func (b *bucket) leaderLast(budget *retryBudget, key string) (record, error) {
 
 // doubtFor is how long an answer is doubted that is older than what is known.
 const doubtFor = 1500 * time.Millisecond
+
+// lastSince is leaderLast of a leader that has got as far as a revision which the
+// caller has seen: a watch on another server may have reported it before the leader had
+// applied it. If no leader has it soon, there is none such.
+func (b *bucket) lastSince(budget *retryBudget, key string, revision uint64) (record, error) {
+	r, err := b.leaderLast(budget, key)
+	for asked, behind := time.Now(), true; err == nil && behind && r.revision < revision && b.replicated(); {
+		info, failed := b.info(budget)
+		if failed != nil {
+			return record{}, failed
+		}
+		if behind = info.State.LastSeq < revision; behind {
+			if time.Since(asked) > doubtFor || !b.wait(budget) {
+				return r, b.ended(budget)
+			}
+		}
+		r, err = b.leaderLast(budget, key)
+	}
+	return r, err
+}
 
 // settleDoubt watches, in the background, the leader of a bucket that was created then
 // and lacks a revision that was acknowledged. A leader that was cut off gives way within

@@ -92,9 +92,6 @@ func passing(err error) bool {
 // errNoAnswer is the cause of a request that nobody answered.
 var errNoAnswer = fmt.Errorf("no answer: %w", context.DeadlineExceeded)
 
-// errConnectionClosed is the error of a connection that its owner has closed.
-var errConnectionClosed = permanentError{nats.ErrConnectionClosed}
-
 // A retryBudget is the time that one operation has. An answer is progress, and
 // gives it more.
 type retryBudget struct {
@@ -365,7 +362,7 @@ func (r *requester) connected(budget *retryBudget) (*epoch, error) {
 		case nats.CONNECTED:
 			return e, nil
 		case nats.CLOSED:
-			return nil, errConnectionClosed
+			return nil, nats.ErrConnectionClosed
 		case nats.DRAINING_PUBS, nats.DRAINING_SUBS:
 			return nil, nats.ErrConnectionDraining
 		}
@@ -630,7 +627,7 @@ func await[T any](w *waiter, arrivals <-chan T) (arrival T, err error) {
 			return arrival, w.budget.ctx.Err()
 		case w.r.currentEpoch() != w.epoch:
 			if w.r.isClosed() {
-				return arrival, errConnectionClosed
+				return arrival, nats.ErrConnectionClosed
 			}
 			return arrival, nats.ErrDisconnected
 		}

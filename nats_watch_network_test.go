@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -729,4 +730,60 @@ func TestWatchBehindAStaleLeader(t *testing.T) {
 	}
 	for receive(t, events).Key != "k.3" {
 	}
+}
+
+// TestSourceThatNeverWorks: a watch attaches, and then the server refuses what it asks
+// for. It does not attach again and again without a pause.
+func TestSourceThatNeverWorks(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	var refused atomic.Bool
+	relay(t, srv, func(nc *nats.Conn, msg *nats.Msg) {
+		if strings.HasPrefix(msg.Subject, "$JS.API.CONSUMER.MSG.NEXT.") && refused.Load() {
+			msg = &nats.Msg{Subject: msg.Reply, Header: nats.Header{"Status": {"503"}}}
+		}
+		_ = nc.PublishMsg(msg)
+	})
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b", APIPrefix: "through"})
+	refused.Store(true)
+	began := time.Now()
+	events := mustWatch(t, s, "*")
+	eventually(t, func() bool { return s.Stats().WatchCuts >= 8 }, "it is cut off again and again")
+	assert.Greater(t, time.Since(began), 700*time.Millisecond, "8 times")
+	refused.Store(false)
+	require.NoError(t, s.Put("k", nil, 0))
+	assert.Equal(t, "put k", brief(receive(t, events)))
+}
+
+// TestOneMeasurementAtATime: however many want to know how far a watch has come, it
+// asks the server once, and once more for those that came later.
+func TestOneMeasurementAtATime(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, nil)
+	var asked atomic.Int64
+	first := make(chan *nats.Msg, 1)
+	relay(t, srv, func(nc *nats.Conn, msg *nats.Msg) {
+		if strings.HasPrefix(msg.Subject, "$JS.API.CONSUMER.INFO.") && asked.Add(1) == 1 {
+			first <- msg
+			return
+		}
+		_ = nc.PublishMsg(msg)
+	})
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b", APIPrefix: "through"})
+	f, w := joinFeed(t, s)
+	for range 50 {
+		f.askProgress()
+	}
+	msg := <-first
+	require.True(t, f.holds(func() bool { return f.measuring }))
+	for range 50 {
+		f.askProgress()
+	}
+	require.True(t, f.holds(func() bool { return f.measureAgain }))
+	assert.EqualValues(t, 1, asked.Load())
+	require.NoError(t, connect(t, srv.ClientURL()).PublishMsg(msg))
+	eventually(t, func() bool { return f.holds(func() bool { return !f.measuring }) }, "the measurements end")
+	assert.EqualValues(t, 2, asked.Load())
+	_, p, _ := w.next()
+	assert.False(t, p.asOf.IsZero())
 }

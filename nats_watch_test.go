@@ -959,7 +959,7 @@ func TestLaggardIsAvoided(t *testing.T) {
 	for range 40 {
 		lagged := server()
 		require.NotEmpty(t, lagged)
-		require.True(t, f.post(func() { f.cutOff(itLags) }))
+		require.True(t, f.post(func() { f.heard = true; f.cutOff(itLags) }))
 		if server() == lagged {
 			same++ // the servers choose at random, so this is possible
 		}
@@ -1059,4 +1059,33 @@ func TestManyExpiriesOnReplicas(t *testing.T) {
 	require.EqualValues(t, 2*keys, after.State.LastSeq-before.State.LastSeq, "a value and one marker for each")
 	t.Logf("%d stores asked %.1f times for each key, and reported it at most %v after its deadline", stores, float64(asked)/stores/keys, late)
 	require.Less(t, asked, uint64(4*stores*keys))
+}
+
+// TestAwaitedRevisions: the leader has a newer revision of a key, which is on its way
+// here. The feed asks about the key again when its consumer has come so far, not before.
+func TestAwaitedRevisions(t *testing.T) {
+	t.Parallel()
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, startServer(t, nil).ClientURL()), Bucket: "b"})
+	for i := range 50 {
+		require.NoError(t, s.Put(fmt.Sprint("k.", i), nil, time.Hour))
+	}
+	mustWatch(t, s, "*")
+	f := listedFeed(t, s, pattern{wild: true})
+	const far = 1 << 40
+	require.True(t, f.holds(func() bool {
+		for key, k := range f.alive {
+			f.unconfirmed[key] = awaited{k, far}
+		}
+		for range 20 {
+			f.recheck()
+		}
+		return len(f.unconfirmed) == 50
+	}), "it waits for all of them")
+	require.True(t, f.holds(func() bool {
+		for key, k := range f.alive {
+			f.unconfirmed[key] = awaited{k, f.cursor}
+		}
+		f.recheck()
+		return len(f.unconfirmed) == 0
+	}), "it asks about all of them")
 }

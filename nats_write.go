@@ -89,7 +89,7 @@ func (b *bucket) remove(budget *retryBudget, m mutation) error {
 // but late. So the marker follows where there is room for it now, unless the key
 // has been written since.
 func (b *bucket) evenIfFull(budget *retryBudget, m mutation, base record, err error) error {
-	if err != ErrStoreFull {
+	if !errors.Is(err, ErrStoreFull) {
 		return err
 	}
 	switch o, err := b.markSmall(budget, m, always); o {
@@ -141,7 +141,7 @@ func (b *bucket) update(budget *retryBudget, m mutation, revision uint64) (recor
 		base = record{} // the server decides whether it still does
 	case revision != 0 && base.revision != revision, !b.certain(base):
 		var err error
-		if base, err = b.leaderLast(budget, m.key); err != nil {
+		if base, err = b.lastSince(budget, m.key, revision); err != nil {
 			return record{}, err
 		}
 		b.cache.learn(m.key, base)
@@ -170,6 +170,9 @@ func (b *bucket) update(budget *retryBudget, m mutation, revision uint64) (recor
 			return record{}, err
 		}
 		b.cache.learn(m.key, base)
+		if base.op == m.op {
+			return base, nil // one leader refused it, and another one stored it
+		}
 		if budget.left() <= minAttempt {
 			return record{}, ErrConflict
 		}
@@ -251,7 +254,9 @@ func (b *bucket) commit(budget *retryBudget, m mutation, base record, pre precon
 				// A leader that was cut off has refused it. When it is back, the
 				// leader that was elected meanwhile gets it, too, and may store it.
 				b.cache.learn(m.key, base)
-				inDoubt = errStaleLeader
+				if inDoubt == nil || inDoubt == errTakeover {
+					inDoubt = errStaleLeader
+				}
 			}
 			if inDoubt == nil {
 				return record{}, b.moved(m.key)
@@ -259,7 +264,11 @@ func (b *bucket) commit(budget *retryBudget, m mutation, base record, pre precon
 			// What is in the way may be our own, earlier attempt.
 
 		case busy:
-			// So may the write that is under way.
+			// So may the write that is under way. A leader that was cut off may have
+			// one that never ends, while the leader that was elected stores ours.
+			if inDoubt == nil && b.replicated() && pre == ifUnchanged {
+				inDoubt = errTakeover
+			}
 
 		case lost:
 			inDoubt = err
@@ -295,7 +304,8 @@ func (b *bucket) commit(budget *retryBudget, m mutation, base record, pre precon
 		switch {
 		case err == nil:
 			return found, nil
-		case err == errUnchanged && (inDoubt == nil || pre == ifUnchanged && (m.ttl == 0 || time.Since(began) < m.ttl)):
+		case err == errUnchanged && (inDoubt == nil ||
+			pre == ifUnchanged && (base.revision != 0 || m.ttl == 0 || time.Since(began) < m.ttl)):
 			// Another attempt on the same revision can only be stored if no
 			// earlier one ever is.
 			if !b.wait(budget) {
@@ -308,7 +318,7 @@ func (b *bucket) commit(budget *retryBudget, m mutation, base record, pre precon
 		case err == errUnchanged:
 			// An earlier attempt may be under way, or have expired.
 			return record{}, unknownIf(inDoubt, nil)
-		case err == errMoved && (inDoubt == nil || inDoubt == errStaleLeader && found.revision < base.revision):
+		case err == errMoved && m.tooLate(base, pre, inDoubt, found):
 			return record{}, b.moved(m.key)
 		case errors.Is(err, jetstream.ErrBucketNotFound):
 			return record{}, err // whatever became of it, it is gone
@@ -316,6 +326,26 @@ func (b *bucket) commit(budget *retryBudget, m mutation, base record, pre precon
 			return record{}, unknownIf(inDoubt, err)
 		}
 	}
+}
+
+// errTakeover is why a write may have been stored though a leader refused it,
+// because another one to its key was under way there.
+var errTakeover = errors.New("another write to the key was under way, and the stream may have had two leaders")
+
+// tooLate reports whether no attempt of a write on top of base was stored, or will be.
+// inDoubt is why one may have been, and found is another record, which is in its place.
+func (m *mutation) tooLate(base record, pre precondition, inDoubt error, found record) bool {
+	switch {
+	case inDoubt == nil:
+		return true
+	case pre == ifUnchanged && base.revision != 0 && found.base == base.revision:
+		return true // it has replaced base itself
+	case inDoubt == errTakeover && !m.exclusive:
+		return true // nearly always: where others write the key, such refusals are common
+	case inDoubt == errTakeover, inDoubt == errStaleLeader:
+		return found.revision < base.revision
+	}
+	return false
 }
 
 // errUnchanged is the error of lookForWrite where the base is still the last
