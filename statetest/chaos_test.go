@@ -183,7 +183,7 @@ func TestChaosReports(t *testing.T) {
 			}
 			assert.Equal(t, []string{
 				"statetest: seed 7: 1 faults",
-				`0s put "k" #1: failed: no responders available for request`,
+				`0s put "k" #1: failed: nats: no responders available for request`,
 			}, test.log)
 		})
 	}

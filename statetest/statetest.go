@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/nats-io/nats.go"
+
 	"example.com/state"
 )
 
@@ -69,7 +71,8 @@ type site struct {
 	key string
 }
 
-// Wrap returns a Store around store. Closing it closes store.
+// Wrap returns a Store around store. Closing it closes store. Close it even if what is
+// below has been closed: its watches run until their events are read, or it is closed.
 func Wrap(store state.Store) *Store {
 	return &Store{
 		core: &core{
@@ -91,6 +94,9 @@ func Wrap(store state.Store) *Store {
 // WithContext implements [state.Store]. The store that it returns is a *Store
 // and shares everything with s, faults included.
 func (s *Store) WithContext(ctx context.Context) state.Store {
+	if ctx == nil {
+		ctx = context.Background()
+	}
 	return &Store{core: s.core, ctx: ctx, bound: s.below.WithContext(ctx)}
 }
 
@@ -349,9 +355,9 @@ func run[T any](c *call, invalid error, apply func(below state.Store) (T, error)
 
 var (
 	errNoAnswer     = fmt.Errorf("no answer: %w", context.DeadlineExceeded)
-	errDenied       = fmt.Errorf("%w (the connection last reported: permissions violation)", errNoAnswer)
-	errNotConnected = errors.New("not connected")
-	errUnavailable  = errors.New("no responders available for request")
+	errDenied       = fmt.Errorf("%w (the connection last reported: %w)", errNoAnswer, nats.ErrPermissionViolation)
+	errNotConnected = nats.ErrDisconnected
+	errUnavailable  = nats.ErrNoResponders
 )
 
 // local reports whether err is what a store says before it sends anything.

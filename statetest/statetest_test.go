@@ -7,6 +7,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -79,6 +80,19 @@ func nothing(t *testing.T, events <-chan *state.KeyValue, d time.Duration) {
 }
 
 var errBroken = errors.New("broken")
+
+// TestFailForGood: what will not pass is not waited for.
+func TestFailForGood(t *testing.T) {
+	bubble(t, func(t *testing.T, _ state.Store, s *statetest.Store) {
+		s.On(statetest.Any, "*").Always().Fail(nats.ErrConnectionClosed)
+		took(t, 0, func() {
+			err := state.KeepAlive(t.Context(), s, "k", time.Minute, func() []byte { return nil })
+			assert.ErrorIs(t, err, nats.ErrConnectionClosed)
+			_, err = state.Acquire(t.Context(), s, "l", time.Minute)
+			assert.ErrorIs(t, err, nats.ErrConnectionClosed)
+		})
+	})
+}
 
 func TestFail(t *testing.T) {
 	bubble(t, func(t *testing.T, below state.Store, s *statetest.Store) {
@@ -446,13 +460,14 @@ func TestUnreachable(t *testing.T) {
 		for name, f := range reads {
 			took(t, 5*time.Second, func() {
 				err := f(s)
-				assert.ErrorContains(t, err, "state: "+name+": not connected")
+				assert.ErrorContains(t, err, "state: "+name+": nats: server is disconnected")
+				assert.ErrorIs(t, err, nats.ErrDisconnected)
 			})
 		}
 		for name, f := range writes {
 			took(t, 5*time.Second, func() {
 				err := f(s)
-				assert.EqualError(t, err, "state: "+name+": not connected")
+				assert.EqualError(t, err, "state: "+name+": nats: server is disconnected")
 			})
 		}
 		assert.Equal(t, "1", value(t, below, "k"))

@@ -72,9 +72,10 @@ type watch struct {
 	todo     watchEffect
 	events   int // how many have come
 	waiting  backlog
-	held     *time.Timer // not nil while it is cut off
+	held     *time.Timer // not nil while it delivers nothing
 	until    time.Time
-	skipping bool // until a waiting event is replaced
+	cut      time.Time // since when it is cut off; zero if it only waits
+	skipping bool      // until a waiting event is replaced
 	ended    bool
 }
 
@@ -122,7 +123,11 @@ func (w *watch) run(ctx context.Context, source <-chan *state.KeyValue) {
 		case reader <- next:
 			w.waiting.pop()
 		case <-timer:
-			w.release()
+			if time.Now().Before(w.until) {
+				w.end() // it has been cut off for too long
+			} else {
+				w.release()
+			}
 		case f := <-w.commands:
 			f(w)
 		case <-ctx.Done():
@@ -193,9 +198,8 @@ func (w *watch) suffer(e watchEffect) {
 func (w *watch) end() { w.ended = true }
 
 func (w *watch) cutOff(d time.Duration) {
-	if d > maxCutOff {
-		w.end()
-		return
+	if w.cut.IsZero() {
+		w.cut = time.Now()
 	}
 	w.hold(d)
 	w.skipping = false
@@ -211,15 +215,18 @@ func (w *watch) skip() {
 // hold delivers nothing for d, or for as long as nothing is delivered anyway.
 func (w *watch) hold(d time.Duration) {
 	until := time.Now().Add(d)
-	switch {
-	case w.held == nil:
-		w.held = time.NewTimer(d)
-	case until.After(w.until):
-		w.held.Reset(d)
-	default:
+	if w.held != nil && !until.After(w.until) {
 		return
 	}
 	w.until = until
+	if !w.cut.IsZero() {
+		d = min(d, time.Until(w.cut.Add(maxCutOff)))
+	}
+	if w.held == nil {
+		w.held = time.NewTimer(d)
+	} else {
+		w.held.Reset(d)
+	}
 }
 
 // release goes on to deliver.
@@ -229,6 +236,7 @@ func (w *watch) release() {
 		w.held = nil
 	}
 	w.skipping = false
+	w.cut = time.Time{}
 }
 
 func (w *watch) heal() {
@@ -259,9 +267,9 @@ func (ws Watches) End() {
 }
 
 // CutOff cuts the watches off for d from now. Then they deliver the last state of
-// every key that changed, and skip the states that were replaced in between. After
-// more than an hour they end instead, as on NATS, where the markers of deleted
-// keys are gone by then.
+// every key that changed, and skip the states that were replaced in between. When they
+// have been cut off for an hour they end instead, about as on NATS, where the markers
+// of deleted keys are gone by then.
 func (ws Watches) CutOff(d time.Duration) {
 	ws.each(fmt.Sprintf("cut off for %v", d), func(w *watch) { w.cutOff(d) })
 }

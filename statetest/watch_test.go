@@ -80,8 +80,25 @@ func TestCutOff(t *testing.T) {
 		told(t, events, "a=3", "a=4")
 
 		s.Watches("*").CutOff(time.Hour + 1)
-		_, open := <-events
-		assert.False(t, open, "after so long it cannot tell what it missed")
+		nothing(t, events, time.Hour-1)
+		took(t, 1, func() {
+			_, open := <-events
+			assert.False(t, open, "after so long it cannot tell what it missed")
+		})
+
+		events = mustWatch(t, s, "*")
+		s.Watches("*").CutOff(2 * time.Hour)
+		put(t, below, "a", "5")
+		nothing(t, events, time.Minute)
+		s.Heal()
+		told(t, events, "a=5")
+		s.Watches("*").CutOff(50 * time.Minute)
+		nothing(t, events, 40*time.Minute)
+		s.Watches("*").CutOff(50 * time.Minute)
+		took(t, 20*time.Minute, func() {
+			_, open := <-events
+			assert.False(t, open, "an hour in all")
+		})
 
 		s.On(statetest.Watch, "*").CutOff(1, time.Minute)
 		events = mustWatch(t, s, "*")
