@@ -150,7 +150,9 @@ func (c *Cache) closed() bool {
 
 // Get retrieves a value by key, as [StateStore.Get] does. It also returns
 // ErrInvalidKey for a key that does not match the cache's pattern, and ErrClosed
-// when the cache is no longer kept up to date. The bytes are the caller's own.
+// after the cache or the store was closed or its context has ended. While the store
+// cannot be reached, even for good, the cache answers with what it has; AsOf says
+// how old that may be. The bytes are the caller's own.
 func (c *Cache) Get(key string) ([]byte, error) {
 	kv, err := c.load(key)
 	if err != nil {

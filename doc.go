@@ -69,7 +69,9 @@
 // followed by one "*", or "*" alone. The star matches any suffix, dots included
 // and the empty one too: "config.*" matches "config.foo" and "config.foo.bar", and
 // "conf*" matches "conf". A pattern that could match no key is refused with
-// ErrInvalidKey. [MatchPattern] compares a pattern with a key.
+// ErrInvalidKey. [MatchPattern] compares a pattern with a key. A NATS server matches
+// whole words only: for "conf*" it sends a NATSStore every key and change of the
+// bucket, and for "a.conf*" all of "a.", of which the store drops the rest.
 //
 // # TTL
 //
@@ -92,15 +94,15 @@
 //
 // # Watches
 //
-// A watch reports states, not a log. It delivers every Put, Delete and expiry of
-// a matching key from the time that Watch returns, except that it may skip a
-// state that was replaced before it could be delivered. It always delivers the
-// last state of every key. A MemoryStore skips states only for a slow reader. A
-// NATS bucket with a History of 1 does not keep replaced values, so a NATSStore
-// may also skip a state that was replaced within milliseconds, or while the watch
-// was cut off. If a watch cannot know whether a missing key was refreshed before it
-// expired, it reports the key as deleted, not as expired: the event then has its
-// own revision and time.
+// A watch reports states, not a log. It delivers every Put, Delete and expiry of a
+// matching key from the time that Watch returns, except that it may skip a state
+// that was replaced before it could be delivered. It always delivers the last state
+// of every key. A MemoryStore skips states only for a slow reader. A NATS bucket
+// with a History of 1 does not keep replaced values, so a NATSStore may also skip a
+// state that was replaced within milliseconds, or while the watch was cut off.
+// [NATSStore] names what it may report late, or not at all. If a watch cannot know
+// whether a missing key was refreshed before it expired, it reports the key as
+// deleted, not as expired: the event then has its own revision and time.
 //
 // Events of one key come in the order of their revisions, without duplicates.
 // The channel has no buffer, but events wait behind it, in order. Once 1,024 wait,
@@ -131,15 +133,16 @@
 // store's clock, so that a dead holder blocks nobody for longer. A holder that is
 // paused or cut off for longer than the TTL loses the lock before Unlock. There
 // is at most one holder at a time, under contention, crashes, restarts and
-// partitions.
+// partitions, as long as the servers lose no write that they have acknowledged;
+// see [NATSStore].
 //
-// The holder's own view is conservative: it counts its lease from before the
-// request was sent, so it sees the lease lapse before the store can grant the
-// lock to anybody else, unless its machine was suspended: Go's clocks stand still
-// then. But it has to look. A holder that is paused between looking and acting acts
-// too late, with any lock service. The resource that it acts on must refuse that, by
-// the token of [Fenced]. A key in the store can refuse, too, with [Modify] or Update
-// of [Store].
+// The holder counts its lease from before it sent the request. So it sees the
+// lease lapse before the store can grant the lock to anybody else. This fails if
+// its machine was suspended, because Go's clocks stand still then, or if the clock
+// of the servers is set forward. The holder also has to look: if it is paused
+// between looking and acting, it acts too late. That is so with any lock service.
+// The resource has to refuse such an action, by the token of [Fenced]. A key in the
+// store can refuse it, too, with [Modify] or Update of [Store].
 //
 // Lock does not wait. [WithLock] does. It also refreshes the lock, and cancels the
 // function's context when the lease can no longer be counted on. LockHolder
@@ -148,16 +151,19 @@
 // # Errors
 //
 // Documented outcomes, such as [ErrNotFound], are the bare sentinel values, so
-// that both == and errors.Is work. Any other error is a failure: it names the
+// that both == and errors.Is work. (There are two exceptions, which [ErrLockExpired]
+// and [ErrClosed] describe.) Any other error is a failure: it names the
 // operation and the key and wraps its cause. A write that failed was not applied,
 // unless errors.Is reports [ErrOutcomeUnknown]: then its answer was lost, and the
 // write was applied, or may be applied shortly, or never will be. An Update or
 // DeleteRevision only ever takes effect on the revision that it names.
 //
-// No call blocks without bound. It fails after five seconds without progress, or
-// when the context ends that WithContext bound the store to. Only Acquire, Hold,
-// WithLock, Modify, KeepAlive and Wait of a Cache, which take a context, and the
-// reader of a watch wait for longer.
+// No call blocks without bound. It fails after five seconds without an answer from
+// the servers, after ten if they answer but cannot carry it out (a listing may take
+// longer), or when the context ends that WithContext bound the store to. Only
+// Acquire, Hold, WithLock, Modify, KeepAlive and Wait of a Cache, which take a
+// context, and the reader of a watch wait for longer. Conn of [NATSStoreConfig] says
+// when the client library may hold up a call.
 //
 // # Concurrency
 //

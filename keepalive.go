@@ -22,10 +22,11 @@ const (
 // KeepAlive keeps a key alive until ctx ends: it writes the key at once and then
 // every third of ttl, each time with what value returns. It continues through
 // outages. If the key expires or is deleted meanwhile, KeepAlive writes it again.
-// When ctx ends, it deletes the revision that it wrote last, unless somebody else
-// has written or deleted the key since, and returns nil. If it cannot delete the
-// revision within five seconds, it returns an error, and the key expires. A write
-// that the end of ctx cuts short may still be applied. If the key is not there then,
+//
+// When ctx ends, KeepAlive deletes the revision that it wrote last, and returns nil. If
+// somebody else has written or deleted the key since, it leaves the key alone. If it
+// cannot delete within five seconds, it returns an error, and the key expires. A write
+// that the end of ctx cuts short may still be applied. So if the key is not there then,
 // even if somebody deleted it, KeepAlive writes it once more to delete it for good.
 //
 // Before ctx ends it returns only errors that are permanent: [ErrInvalidKey],

@@ -19,7 +19,8 @@ import (
 //
 // On a NATSStore it costs two requests, or three for a new key, and two more each
 // time that it starts over. Of several concurrent calls for one key each makes its
-// change once; after a few conflicts a call pauses for some milliseconds.
+// change once (unless a conflict is reported of a write that was stored, which
+// [NATSStore] describes). After a few conflicts a call pauses for some milliseconds.
 func Modify(ctx context.Context, store Store, key string, fn func(old *KeyValue) (value []byte, ttl time.Duration, err error)) (uint64, error) {
 	store = store.WithContext(ctx)
 	retry := backoff{time.Millisecond, 50 * time.Millisecond}

@@ -50,7 +50,8 @@ type StateStore interface {
 	// for Keys. It reports state, not a log: it delivers every Put, Delete and
 	// expiry of a matching key made after Watch has returned, except that a
 	// state which was replaced before it could be delivered may be skipped. The
-	// last state of every key is always delivered.
+	// last state of every key is always delivered; [NATSStore] names what it may
+	// report late, or not at all.
 	//
 	// OpPut carries the entry. OpDelete carries Key, Revision and Modified, a
 	// nil Value and zero Created and Expires. A deletion has a revision of its
@@ -125,12 +126,13 @@ type Store interface {
 	LockHolder(key string) (*LockInfo, error)
 
 	// WithContext returns the same store bound to ctx, in place of any context
-	// it was bound to before. Every call ends when ctx ends, with an error that
-	// wraps the context's error (and ErrOutcomeUnknown, if it may have written),
-	// and so do the watches. For a lock, ctx bounds the acquisition and Refresh
-	// (but one whose answer came after the lease had lapsed may take five seconds
-	// more to give it back); Unlock still works after ctx has ended. Close closes the store itself. It
-	// costs no goroutine and no request.
+	// it was bound to before; nil is none. It costs no goroutine and no request.
+	// Calls and watches end when ctx ends. The error of a call then wraps the
+	// context's error, and ErrOutcomeUnknown if the call may have written.
+	//
+	// For a lock, ctx bounds Lock and Refresh, but not Unlock. A Refresh whose
+	// answer came after the lease had lapsed may take five seconds more to give the
+	// lock back. Close closes the store itself.
 	WithContext(ctx context.Context) Store
 }
 
@@ -141,8 +143,10 @@ type KeyValue struct {
 	// Value is the entry value: never nil in an entry, always nil in an
 	// OpDelete.
 	Value []byte
-	// Revision is a monotonic version number: it grows with every change in the
-	// store, never repeats and never goes back.
+	// Revision is a monotonic version number: each write and each deletion in the
+	// store has a greater one than any before. The event of an expiry has the
+	// revision of the value that expired. A bucket that is deleted and created
+	// again begins with new revisions.
 	Revision uint64
 	// Operation indicates the type of change.
 	Operation Operation
@@ -223,7 +227,8 @@ func (op Operation) String() string {
 type Fenced interface {
 	Lock
 	// Token returns a number that is strictly greater for each next holder of
-	// the lock of this name. It does not change with Refresh.
+	// the lock of this name, as long as the store loses no write that it has
+	// acknowledged. It does not change with Refresh.
 	Token() uint64
 }
 

@@ -40,14 +40,15 @@ const (
 // [ErrOutcomeUnknown].
 //
 // ctx replaces any context that store is bound to. It bounds the acquisition only:
-// the lock can be refreshed after ctx has ended. On both stores waiting does not
-// poll; a release or the end of the lease wakes a waiter. ([NATSStoreConfig] names
-// the exceptions.) On a store that wraps one of them, Acquire asks LockHolder
-// after pauses that grow to a second, and when the lease that it found ends. It
-// tries again when nobody holds the lock. There LockHolder has to report the locks
-// that Lock acquires, and a lock that is granted as ctx ends is unlocked, which may
-// take five seconds. On a StateStore without LockHolder, Acquire tries again after
-// each pause.
+// the lock can be refreshed after ctx has ended.
+//
+// On a NATSStore or MemoryStore a waiter does not poll: a release or the end of the
+// lease wakes it. ([NATSStoreConfig] names the exceptions.) On a store that wraps one
+// of them, Acquire calls LockHolder after pauses that grow to a second, and when the
+// lease that it found ends. It tries again when nobody holds the lock. The LockHolder of
+// such a store has to report the locks that its Lock acquires. A lock that is granted
+// there as ctx ends is unlocked, which may take five seconds. On a StateStore without
+// LockHolder, Acquire calls Lock again after each pause.
 func Acquire(ctx context.Context, store StateStore, key string, ttl time.Duration) (Lock, error) {
 	lock, _, err := acquire(ctx, store, key, ttl)
 	return lock, err
