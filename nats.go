@@ -105,7 +105,7 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // They work again when the bucket is back.
 //
 // On several replicas the stream's leader answers every read. A watch may report a
-// change a moment before the leader has applied it: a Get right after the event may
+// change shortly before the leader has applied it: a Get right after the event may
 // not see the change yet. (An Update on top of it waits for that.) A leader that a
 // network partition has cut off from the other servers continues to answer until
 // it notices, which takes up to 20 seconds. For that long, clients on its side of
@@ -126,12 +126,12 @@ func DefaultNATSStoreConfig() NATSStoreConfig {
 // deletion stays for two seconds, or for as long as what it replaces. On one replica
 // only a watch that was cut off does this, about keys that were gone when it came back.
 //
-// This does not work if the bucket is full, has delete markers or a TTL of its own, or
-// takes only messages of some hundred bytes, nor for a key to which an older revision
-// comes back, because another client wrote the one that expired. There a watch may
-// report an expiry that only a leader that was cut off confirms. It may also report
-// that of a value whose refresh was under way, or was missed while the watch was cut
-// off.
+// A watch cannot write the deletion to a bucket that is full, has delete markers or a
+// TTL of its own, or takes only messages of some hundred bytes. Nor can it if an older
+// revision of the key comes back, because another client wrote the one that expired.
+// In these cases a watch may report an expiry that only a leader confirms that was cut
+// off. It may also report the expiry of a value whose refresh was under way, or was
+// missed while the watch was cut off.
 //
 // An acknowledgement means that a majority of the replicas has the change. The
 // servers' sync_interval says when they sync it to the disk. Machines that lose
@@ -309,8 +309,8 @@ func (s *NATSStore) get(key string) (record, error) {
 
 // Put implements [StateStore]. It costs one request if the key is new or this
 // store wrote it last. It costs two if others write it, too, or this store at the same
-// time, and three when the store finds that out. Over a value that has expired or is
-// about to it costs up to three, or four if somebody replaces that meanwhile. All
+// time, and three when the store finds that out. If the last value has expired or is
+// about to, it costs up to three, or four if somebody replaces that value meanwhile. All
 // writes to a bucket together cost one more each minute, in the background, for the
 // server's time. If a new key is the first write in five minutes, its next Put costs one
 // more.

@@ -460,8 +460,8 @@ func TestListingAvoidsALaggard(t *testing.T) {
 			}
 			return
 		case strings.HasPrefix(msg.Subject, "$JS.API.CONSUMER.MSG.NEXT."):
-			// A new consumer may be out of reach for a moment. Only who makes a request
-			// hears that: this one is refused as soon as it arrives.
+			// A relay does not hear that a new consumer cannot be reached yet. This
+			// request is refused as soon as it can.
 			for {
 				if _, err := nc.Request(msg.Subject, []byte("{"), time.Second); err == nil {
 					break
@@ -470,7 +470,7 @@ func TestListingAvoidsALaggard(t *testing.T) {
 		}
 		_ = nc.PublishMsg(msg)
 	})
-	s := openThrough(t, srv)
+	s, _ := openThrough(t, srv)
 	for i := range 300 {
 		require.NoError(t, s.Put(fmt.Sprint("k.", i), nil, 0))
 	}

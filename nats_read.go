@@ -107,7 +107,7 @@ const doubtFor = 1500 * time.Millisecond
 
 // lastSince is leaderLast of a leader that has got as far as a revision which the
 // caller has seen: a watch on another server may have reported it before the leader had
-// applied it. If no leader has it soon, there is none such.
+// applied it. If no leader has it within doubtFor, there is no such revision.
 func (b *bucket) lastSince(budget *retryBudget, key string, revision uint64) (record, error) {
 	r, err := b.leaderLast(budget, key)
 	for asked, behind := time.Now(), true; err == nil && behind && r.revision < revision && b.replicated(); {

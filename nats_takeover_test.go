@@ -29,14 +29,20 @@ func request(t testing.TB, nc *nats.Conn, msg *nats.Msg) []byte {
 	return answer.Data
 }
 
-// openThrough opens a store whose requests a relay passes on. A new bucket may be out
-// of reach for a moment, which only who makes a request would hear.
-func openThrough(t *testing.T, srv *server.Server) *NATSStore {
+// store has the leader that was elected store a write. It must not refuse that.
+func store(t testing.TB, nc *nats.Conn, msg *nats.Msg) {
+	assert.NotContains(t, string(request(t, nc, msg)), `"error"`)
+}
+
+// openThrough opens a store whose requests a relay passes on, and another one beside
+// it. A relay does not hear that nobody can be reached yet, so the first requests to a
+// new bucket may have to be repeated.
+func openThrough(t *testing.T, srv *server.Server) (through, beside *NATSStore) {
 	t.Helper()
-	s := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b", Replicas: 3, APIPrefix: "through"})
-	require.NoError(t, s.Put("ready", nil, 0))
-	require.NoError(t, mustLock(t, s, "ready", time.Minute).Unlock())
-	return s
+	through = openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b", Replicas: 3, APIPrefix: "through"})
+	require.NoError(t, through.Put("ready", nil, 0))
+	require.NoError(t, mustLock(t, through, "ready", time.Minute).Unlock())
+	return through, openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
 }
 
 const underWay = `{"error":{"code":400,"err_code":10164,"description":"expected last sequence per subject temporarily unavailable"},"stream":"","seq":0}`
@@ -57,13 +63,12 @@ func TestBusyWhileLeadersChange(t *testing.T) {
 				return
 			}
 			if first := late.Swap(nil); first != nil {
-				assert.NotContains(t, string(request(t, nc, first)), `"error"`)
+				store(t, nc, first)
 			}
 		}
 		_ = nc.PublishMsg(msg)
 	})
-	s := openThrough(t, srv)
-	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	s, other := openThrough(t, srv)
 	require.NoError(t, s.Put("k", []byte("0"), 0))
 	l := mustLock(t, s, "l", time.Minute)
 	for _, c := range []struct {
@@ -79,12 +84,12 @@ func TestBusyWhileLeadersChange(t *testing.T) {
 		{"Unlock", l.Unlock},
 		{"Lock", func() error { _, err := s.Lock("l", time.Minute); return err }},
 	} {
-		last := lastSeq(t, srv)
+		before := writesSoFar(t, srv)
 		busy.Store(true)
 		require.NoError(t, c.call(), c.name)
 		require.False(t, busy.Load(), c.name)
 		require.Nil(t, late.Load(), c.name)
-		assert.Equal(t, last+1, lastSeq(t, srv), "%s writes once", c.name)
+		assert.Equal(t, before+1, writesSoFar(t, srv), "%s writes once", c.name)
 	}
 	_, err := other.Get("k")
 	refuses(t, ErrNotFound, err)
@@ -94,8 +99,8 @@ func TestBusyWhileLeadersChange(t *testing.T) {
 	refuses(t, ErrLockHeld, err)
 }
 
-// lastSeq returns the number of writes to the buckets so far.
-func lastSeq(t testing.TB, srv *server.Server) (writes uint64) {
+// writesSoFar returns the number of writes to the buckets so far.
+func writesSoFar(t testing.TB, srv *server.Server) (writes uint64) {
 	t.Helper()
 	nc, err := nats.Connect(srv.ClientURL())
 	require.NoError(t, err)
@@ -126,13 +131,13 @@ func TestReleasedAndTakenWhileLeadersChange(t *testing.T) {
 			return
 		}
 		if stored.Load() {
-			assert.NotContains(t, string(request(t, nc, msg)), `"error"`)
+			store(t, nc, msg)
 			_, err := other.Lock("l", time.Minute)
 			assert.NoError(t, err)
 		}
 		_ = nc.Publish(msg.Reply, []byte(underWay))
 	})
-	s := openThrough(t, srv)
+	s, _ := openThrough(t, srv)
 	l := mustLock(t, s, "l", time.Minute)
 	busy.Store(true)
 	stored.Store(true)
@@ -180,8 +185,7 @@ func TestCreatedOverALapsedValue(t *testing.T) {
 		}
 		_ = nc.PublishMsg(msg)
 	})
-	s := openThrough(t, srv)
-	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	s, other := openThrough(t, srv)
 	for name, c := range map[string]struct{ leave, call func(key string) error }{
 		"Lock": {
 			func(key string) error { return errOf(other.Lock(key, 200*time.Millisecond)) },
@@ -216,8 +220,7 @@ func TestUpdateOfWhatTheLeaderLacks(t *testing.T) {
 	t.Parallel()
 	srv := startCluster(t).servers[0]
 	old := newOldAnswers(t, srv)
-	s := openThrough(t, srv)
-	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	s, other := openThrough(t, srv)
 	require.NoError(t, other.Put("k", []byte("0"), 0))
 	require.Equal(t, "0", string(mustGet(t, s, "k").Value))
 	for range 3 {
@@ -278,7 +281,7 @@ func TestStaleForLong(t *testing.T) {
 	t.Parallel()
 	srv := startCluster(t).servers[0]
 	old := newOldAnswers(t, srv)
-	s := openThrough(t, srv)
+	s, _ := openThrough(t, srv)
 	for round := 0; ; round++ {
 		require.NoError(t, s.Put("k", []byte("1"), 0))
 		old.remember("KV_b", "k")
@@ -312,8 +315,7 @@ func TestUnlockAfterCloseAtAStaleLeader(t *testing.T) {
 	t.Parallel()
 	srv := startCluster(t).servers[0]
 	old := newOldAnswers(t, srv)
-	s := openThrough(t, srv)
-	other := openStore(t, NATSStoreConfig{Conn: connect(t, srv.ClientURL()), Bucket: "b"})
+	s, other := openThrough(t, srv)
 	require.NoError(t, mustLock(t, other, "l", time.Minute).Unlock())
 	old.remember("KV_b-locks", "l")
 	l := mustLock(t, s, "l", time.Minute).(*lease)
@@ -338,7 +340,7 @@ func TestUnlockWhileClosing(t *testing.T) {
 				if strings.HasPrefix(msg.Subject, "$KV.") {
 					if s := closing.Swap(nil); s != nil {
 						if stored {
-							assert.NotContains(t, string(request(t, nc, msg)), `"error"`)
+							store(t, nc, msg)
 						}
 						assert.NoError(t, s.Close())
 						return

@@ -559,6 +559,18 @@ func joinFeed(t *testing.T, s *NATSStore) (*feed, *natsWatch) {
 	return f, w
 }
 
+// joinFeedOnReplicas is joinFeed on a new store, of a bucket on three servers.
+func joinFeedOnReplicas(t *testing.T) (*NATSStore, *feed, *natsWatch) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("a cluster")
+	}
+	t.Parallel()
+	s := openStore(t, NATSStoreConfig{Conn: connect(t, startCluster(t).servers[0].ClientURL()), Bucket: "b", Replicas: 3})
+	f, w := joinFeed(t, s)
+	return s, f, w
+}
+
 // feedOf returns the feed of a pattern that a store watches.
 func feedOf(s *NATSStore, p pattern) *feed {
 	s.feeds.mu.Lock()
@@ -893,13 +905,7 @@ func TestExpiryOfWhatWasMissed(t *testing.T) {
 // TestExpiryNeedsAMajority: a watch of several servers does not report an expiry on
 // the word of one of them, which may not have the refresh, or not even what expired.
 func TestExpiryNeedsAMajority(t *testing.T) {
-	if testing.Short() {
-		t.Skip("a cluster")
-	}
-	t.Parallel()
-	c := startCluster(t)
-	s := openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[0].ClientURL()), Bucket: "b", Replicas: 3})
-	f, w := joinFeed(t, s)
+	s, f, w := joinFeedOnReplicas(t)
 	require.NoError(t, s.Put("other", nil, 0))
 	last := mustGet(t, s, "other").Revision
 	next := func(key string) (ev *KeyValue) {
@@ -937,13 +943,7 @@ func TestExpiryNeedsAMajority(t *testing.T) {
 // TestLaggardIsAvoided: a feed whose consumer was on a server that lags behind the
 // leader attaches to one on another server. The server that lags may do so for long.
 func TestLaggardIsAvoided(t *testing.T) {
-	if testing.Short() {
-		t.Skip("a cluster")
-	}
-	t.Parallel()
-	c := startCluster(t)
-	s := openStore(t, NATSStoreConfig{Conn: connect(t, c.servers[0].ClientURL()), Bucket: "b", Replicas: 3})
-	f, w := joinFeed(t, s)
+	s, f, w := joinFeedOnReplicas(t)
 	server := func() (name string) {
 		eventually(t, func() bool {
 			return f.holds(func() bool {

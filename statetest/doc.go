@@ -57,12 +57,12 @@
 // # What can happen
 //
 // A Store does only what a [state.NATSStore] can do, with the same errors and the
-// same timing (but see [Calls.ApplyLate] about locks). The contract of the wrapped store still holds. A lock never has two
-// live holders. A late write takes effect within ten seconds, an Update or
-// DeleteRevision only on the revision that it names, and one that creates a key only
-// if that has not existed meanwhile. A watch that has not ended
-// delivers the last state of every key, and every expiry. A call without an answer
-// gives up after five seconds, which take no time in a bubble.
+// same timing (but see [Calls.ApplyLate] about locks). The contract of the wrapped
+// store still holds. A lock never has two live holders. A late write takes effect
+// within ten seconds, an Update or DeleteRevision only on the revision that it names,
+// and one that creates a key only if that has not existed meanwhile. A watch that has
+// not ended delivers the last state of every key, and every expiry. A call without an
+// answer gives up after five seconds, which take no time in a bubble.
 //
 // # Time
 //

@@ -267,9 +267,9 @@ func (ws Watches) End() {
 }
 
 // CutOff cuts the watches off for d from now. Then they deliver the last state of
-// every key that changed, and skip the states that were replaced in between. When they
-// have been cut off for an hour they end instead, about as on NATS, where the markers
-// of deleted keys are gone by then.
+// every key that changed, and skip the states that were replaced in between. After an
+// hour they end instead, about as on NATS: by then a server has removed the markers of
+// deleted keys, so that a watch cannot know what it missed.
 func (ws Watches) CutOff(d time.Duration) {
 	ws.each(fmt.Sprintf("cut off for %v", d), func(w *watch) { w.cutOff(d) })
 }
